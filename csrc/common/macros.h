@@ -1,0 +1,12 @@
+// Words that let one source serve g++, nvcc and the CPU stand-in for CUDA (tests/simt).
+#pragma once
+
+#if defined(__CUDACC__) || defined(EFFKERN_SIMT)
+#define EFFKERN_HOST_DEVICE __host__ __device__
+#else
+#define EFFKERN_HOST_DEVICE
+#endif
+
+// Internal linkage and always inlined: the CPU kernels are compiled once per instruction set, and a
+// function that the linker could share between those copies would bring AVX-512 to a machine without it.
+#define EFFKERN_INLINE EFFKERN_HOST_DEVICE static inline __attribute__((always_inline))

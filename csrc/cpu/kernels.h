@@ -1,0 +1,52 @@
+// The kernels of one instruction set, and the choice among the sets this library was built with.
+#pragma once
+
+#include "common/adam.h"
+#include "common/dtype.h"
+#include "common/multi_tensor.h"
+#include "common/rms_norm.h"
+
+namespace effkern::cpu {
+
+// How many tensors to update, and how. `table` is laid out as common/multi_tensor.h says.
+struct AdamTask {
+  DType dtype;
+  bool steps_are_double;
+  const int64_t* table;
+  int64_t tensors;
+  AdamOptions options;
+};
+
+// A pass over memory with `reads` input and `writes` output arrays and next to no arithmetic: the limit that a
+// benchmark holds a kernel against.
+struct BandwidthTask {
+  const float* const* inputs;
+  float* const* outputs;
+  int64_t reads, writes;
+};
+
+// Each function does the stretch [begin, end) of a task: rows, chunks of rows, or elements.
+struct Kernels {
+  const char* isa;
+  void (*rms_norm_forward)(const RmsNormForward&, int64_t begin, int64_t end);
+  // A chunk is `chunk_rows` rows; `partial`, one row of features per chunk in the accumulation type, takes each
+  // chunk's share of the weight's gradient (null: not wanted).
+  void (*rms_norm_backward)(const RmsNormBackward&, int64_t chunk_rows, void* partial, int64_t begin, int64_t end);
+  // Sums `chunks` rows of `partial` into grad_weight for the features [begin, end).
+  void (*rms_norm_weight)(const RmsNormBackward&, int64_t chunks, const void* partial, int64_t begin, int64_t end);
+  // Elements are counted through all tensors, in the table's order.
+  void (*adam)(const AdamTask&, int64_t begin, int64_t end);
+  void (*bandwidth)(const BandwidthTask&, int64_t begin, int64_t end);
+};
+
+namespace baseline {
+Kernels kernels();
+}
+namespace avx2 {
+Kernels kernels();
+}
+namespace avx512 {
+Kernels kernels();
+}
+
+}  // namespace effkern::cpu

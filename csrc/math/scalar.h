@@ -1,0 +1,17 @@
+// The functions that the formulas need of a number; the CPU's vectors have theirs in cpu/simd.h.
+#pragma once
+
+#include <cmath>
+
+#include "common/macros.h"
+
+namespace effkern {
+
+EFFKERN_INLINE float square_root(float x) { return ::sqrtf(x); }
+EFFKERN_INLINE double square_root(double x) { return ::sqrt(x); }
+
+// The larger of two numbers; a NaN on either side wins, as in torch.maximum.
+EFFKERN_INLINE float larger(float a, float b) { return (b > a || b != b) ? b : a; }
+EFFKERN_INLINE double larger(double a, double b) { return (b > a || b != b) ? b : a; }
+
+}  // namespace effkern

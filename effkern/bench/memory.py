@@ -1,0 +1,36 @@
+"""The process's memory, and giving what is free of it back."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import torch
+
+
+def release_free_memory(device: torch.device) -> bool:
+    """Give freed memory back, so that the next allocation is a fresh one.
+
+    Returns:
+        False where that cannot be done: on the CPU it takes glibc's ``malloc_trim``.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return True
+    if not sys.platform.startswith("linux"):
+        return False
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None:
+        return False
+    trim(0)
+    return True
+
+
+def peak_process_memory() -> int | None:
+    """The most bytes of main memory that this process held so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,47 @@
+"""Results as a PNG: a panel for each case, a bar for each contestant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from effkern.bench.results import COPY_LIMIT, OURS, Case, Result
+
+#: Colour-blind safe: effkern, its peers, the limit.
+COLOURS = {"ours": "#0072b2", "peer": "#b0b0b0", "limit": "#e69f00"}
+
+
+def draw(result: Result, file: Path) -> None:
+    """Draw the median times with their quartiles; ``file`` ends in ``.png``, ``.svg`` or ``.pdf``."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    heights = [1 + len(case.rows) for case in result.cases]
+    figure = Figure(figsize=(9, 0.35 * sum(heights) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(result.cases), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, case in zip(panels, result.cases, strict=True):
+        _draw_case(panel, case)
+    figure.suptitle(f"effkern bench {result.benchmark}: time of one call, shorter is better", fontsize=10)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+
+
+def _draw_case(panel, case: Case) -> None:
+    unit, scale = ("ms", 1e3) if case.rows[0].seconds.median >= 1e-3 else ("µs", 1e6)
+    names = [row.name for row in case.rows]
+    medians = [row.seconds.median * scale for row in case.rows]
+    below = [(row.seconds.median - row.seconds.low) * scale for row in case.rows]
+    above = [(row.seconds.high - row.seconds.median) * scale for row in case.rows]
+    colours = [COLOURS[_kind(name)] for name in names]
+    bars = panel.barh(names, medians, xerr=(below, above), color=colours, capsize=2)
+    panel.bar_label(bars, labels=[f"{value:.3g} {unit}" for value in medians], padding=4, fontsize=8)
+    panel.set_title(case.name, fontsize=9, loc="left")
+    panel.invert_yaxis()
+    panel.tick_params(labelsize=8)
+    panel.margins(x=0.15)
+    panel.set_xlabel(unit, fontsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _kind(name: str) -> str:
+    return {OURS: "ours", COPY_LIMIT: "limit"}.get(name, "peer")
