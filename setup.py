@@ -48,7 +48,9 @@ def choose_build():
     if not sys.platform.startswith("linux"):
         missing = "the libraries are built on Linux only"
     elif headers is None:
-        missing = "no PyTorch 2.10 or newer was found; install torch first, or use --no-build-isolation"
+        missing = (
+            "no PyTorch 2.10 or newer was found; install torch first, or use --no-build-isolation"
+        )
     elif not any(shutil.which(name.split()[0]) for name in compilers if name):
         missing = "no C++ compiler was found; install g++ or clang++"
     else:
@@ -61,7 +63,9 @@ def choose_build():
 def find_tool(name):
     """A program of the running environment (its bin folder need not be on PATH), or one on PATH."""
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    return shutil.which(name, path=path) or sys.exit(f"effkern: {name} was not found; pip install {name}")
+    return shutil.which(name, path=path) or sys.exit(
+        f"effkern: {name} was not found; pip install {name}"
+    )
 
 
 class CMakeBuild(build_ext):
