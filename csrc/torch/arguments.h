@@ -1,5 +1,5 @@
-// What the CPU and the CUDA bindings both need of torch's tensors: dtypes, row layouts, outputs, checks.
-// Header-only, device-neutral. Errors name the argument, what it was and what it must be.
+// What the CPU and the CUDA bindings both need of torch's tensors: dtypes, row layouts, outputs,
+// checks. Header-only, device-neutral. Errors name the argument, what it was and what it must be.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -35,10 +35,14 @@ inline Device device_of(const Tensor& tensor) {
 
 inline int32_t torch_code_of(DType dtype) {
   switch (dtype) {
-    case DType::kFloat32: return aoti_torch_dtype_float32();
-    case DType::kFloat64: return aoti_torch_dtype_float64();
-    case DType::kBFloat16: return aoti_torch_dtype_bfloat16();
-    case DType::kFloat16: return aoti_torch_dtype_float16();
+    case DType::kFloat32:
+      return aoti_torch_dtype_float32();
+    case DType::kFloat64:
+      return aoti_torch_dtype_float64();
+    case DType::kBFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case DType::kFloat16:
+      return aoti_torch_dtype_float16();
   }
   STD_TORCH_CHECK(false, "unknown dtype code ", static_cast<int32_t>(dtype));
 }
@@ -47,8 +51,7 @@ inline int32_t torch_code_of(DType dtype) {
 inline std::optional<DType> kernel_dtype_of(const Tensor& tensor) {
   int32_t code;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
-  for (const DType dtype :
-       {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64}) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64}) {
     if (code == torch_code_of(dtype)) return dtype;
   }
   return std::nullopt;
@@ -117,8 +120,8 @@ struct Rows {
   const void* data() const { return tensor.const_data_ptr(); }
 };
 
-// The layout of a tensor whose last `dims` dimensions are the features; nothing where the features are not
-// contiguous or the leading dimensions do not collapse to three.
+// The layout of a tensor whose last `dims` dimensions are the features; nothing where the features
+// are not contiguous or the leading dimensions do not collapse to three.
 inline std::optional<RowLayout> row_layout(const Tensor& tensor, int64_t dims) {
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();

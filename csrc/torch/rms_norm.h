@@ -1,5 +1,5 @@
-// From the arguments of `_rms_norm_forward` and `_rms_norm_backward` to what the kernels are asked to do
-// (common/rms_norm.h). Device-neutral: a binding passes the function that runs the kernel.
+// From the arguments of `_rms_norm_forward` and `_rms_norm_backward` to what the kernels are asked
+// to do (common/rms_norm.h). Device-neutral: a binding passes the function that runs the kernel.
 #pragma once
 
 #include <tuple>
@@ -33,8 +33,8 @@ struct RmsNormExtents {
   RmsNormExtents(const Tensor& x, int64_t dims) {
     const auto sizes = x.sizes();
     const int64_t ndim = static_cast<int64_t>(sizes.size());
-    STD_TORCH_CHECK(0 < dims && dims <= ndim, "dims is ", dims, "; it must be from 1 to the ",
-                    ndim, " dimensions of x");
+    STD_TORCH_CHECK(0 < dims && dims <= ndim, "dims is ", dims, "; it must be from 1 to the ", ndim,
+                    " dimensions of x");
     leading = ndim - dims;
     for (int64_t d = 0; d < leading; ++d) rows *= sizes[d];
     for (int64_t d = leading; d < ndim; ++d) features *= sizes[d];
@@ -85,8 +85,8 @@ std::tuple<Tensor, Tensor, Tensor> call_rms_norm_forward(const Tensor& x,
   return {std::move(y), std::move(total), std::move(rstd)};
 }
 
-// run(const RmsNormBackward&, Device) does the work, also for zero rows: a wanted grad_weight is then zero.
-// Returns grad_x, grad_weight.
+// run(const RmsNormBackward&, Device) does the work, also for zero rows: a wanted grad_weight is
+// then zero. Returns grad_x, grad_weight.
 template <class Run>
 std::tuple<Tensor, Tensor> call_rms_norm_backward(const Tensor& grad,
                                                   const std::optional<Tensor>& grad_total,
@@ -121,7 +121,8 @@ std::tuple<Tensor, Tensor> call_rms_norm_backward(const Tensor& grad,
                   "rstd must be what the forward returned for x: contiguous, one number a row");
   p.rstd = rstd.const_data_ptr();
 
-  STD_TORCH_CHECK(weight || !wants_weight, "wants_weight is true; without a weight it must be false");
+  STD_TORCH_CHECK(weight || !wants_weight,
+                  "wants_weight is true; without a weight it must be false");
   std::optional<Tensor> kernel_weight;
   if (weight) {
     kernel_weight = rms_norm_weight(*weight, dtype, p.features, device);
@@ -130,10 +131,9 @@ std::tuple<Tensor, Tensor> call_rms_norm_backward(const Tensor& grad,
   }
 
   Tensor grad_x = wants_x ? empty(x.sizes().data(), x.dim(), dtype, device) : absent(dtype, device);
-  Tensor grad_weight =
-      wants_weight
-          ? empty(weight->sizes().data(), weight->dim(), p.weight_dtype, device)
-          : absent(weight ? dtype_of(*weight, "weight") : dtype, device);
+  Tensor grad_weight = wants_weight
+                           ? empty(weight->sizes().data(), weight->dim(), p.weight_dtype, device)
+                           : absent(weight ? dtype_of(*weight, "weight") : dtype, device);
   p.grad_x = wants_x ? grad_x.mutable_data_ptr() : nullptr;
   p.grad_weight = wants_weight ? grad_weight.mutable_data_ptr() : nullptr;
   run(static_cast<const RmsNormBackward&>(p), device);
