@@ -1,7 +1,7 @@
 """Drives CMake (see CMakeLists.txt); everything else about the package is in pyproject.toml.
 
-The environment variable EFFKERN_BUILD says what to build: `cpu`, `cuda` (the CPU library as well) or
-`none`. Without it: the CPU library, and the CUDA library where nvcc is found.
+The environment variable EFFKERN_BUILD says what to build: `cpu`, `cuda` (which includes the CPU
+library) or `none`. Without it: the CPU library, and the CUDA library where nvcc is found.
 """
 
 import json
@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent
 
 
 def find_torch_headers():
-    """The include directory of the installed torch, found without importing it: build isolation hides
-    site-packages from `import`, but sysconfig still knows where those of an environment are."""
+    """The include directory of the installed torch, found without importing it: build isolation
+    hides site-packages from `import`, but sysconfig knows where those of an environment are."""
     environments = [sys.prefix, os.environ.get("VIRTUAL_ENV") or sys.prefix, sys.base_prefix]
     folders = [
         sysconfig.get_path(key, vars={"base": prefix, "platbase": prefix})
@@ -119,7 +119,7 @@ class PlatformWheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
-# The extension has no source of its own: it makes setuptools call CMakeBuild and mark the wheel binary.
+# The extension has no source of its own: because of it setuptools calls CMakeBuild.
 setup(
     ext_modules=[Extension("effkern.lib", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},

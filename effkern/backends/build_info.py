@@ -15,10 +15,10 @@ __all__ = ["describe", "read", "why_not_built"]
 def read(folder: Path) -> dict[str, Any]:
     """The build information in ``folder``; empty where no build has run.
 
-    Keys: ``version``, ``system``, ``torch_headers`` (the version whose headers were used) and ``torch_oldest`` (the
-    oldest version that the libraries run under); ``cpu`` and ``cuda``, each with ``built`` and, where that is
-    false, ``reason``. Where it is true: ``compiler``, and ``flags`` and ``instruction_sets`` (name to flags) for
-    the CPU, ``architectures`` for CUDA.
+    Keys: ``version``, ``system``, ``torch_headers`` (the version whose headers were used) and
+    ``torch_oldest`` (the oldest version that the libraries run under); ``cpu`` and ``cuda``, each
+    with ``built`` and, where that is false, ``reason``. Where it is true: ``compiler``, and
+    ``flags`` and ``instruction_sets`` (name to flags) for the CPU, ``architectures`` for CUDA.
     """
     try:
         return dict(json.loads((folder / "build_info.json").read_text()))
