@@ -33,7 +33,7 @@ help:
 	@echo "make clean        remove .venv and everything that was built"
 
 demo: $(READY)
-	@$(VENV_PYTHON) -m effkern demo $(ARGS)
+	@$(VENV_PYTHON) -m effkern.cli demo $(ARGS)
 
 test: check
 	@$(VENV_PYTHON) -m pytest $(ARGS)

@@ -93,13 +93,16 @@ class CMakeBuild(build_ext):
         options = {
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
             "TORCH_INCLUDE_DIR": headers,
-            "EFFKERN_CUDA": {"auto": "AUTO", "cuda": "ON", "cpu": "OFF"}[build],
+            "EFFKERN_CUDA": "OFF" if build == "cpu" else "ON",
             "EFFKERN_WERROR": "ON" if os.environ.get("EFFKERN_WERROR") else "OFF",
         }
         configure = [cmake, "-S", ROOT, "-B", folder, "-G", "Ninja"]
         configure += [f"-D{key}={value}" for key, value in options.items()]
         try:
             subprocess.run(configure, check=True)
+            cuda = json.loads((folder / "build_info.json").read_text())["cuda"]
+            if build == "cuda" and not cuda["built"]:
+                sys.exit(f"effkern: EFFKERN_BUILD=cuda, but {cuda['reason']}")
             subprocess.run([cmake, "--build", folder], check=True)
             subprocess.run([cmake, "--install", folder, "--prefix", stage], check=True)
         except subprocess.CalledProcessError:
