@@ -8,5 +8,6 @@
 #endif
 
 // Internal linkage and always inlined: the CPU kernels are compiled once per instruction set, and a
-// function that the linker could share between those copies would bring AVX-512 to a machine without it.
+// function that the linker could share between those copies would bring AVX-512 to a machine
+// without it.
 #define EFFKERN_INLINE EFFKERN_HOST_DEVICE static inline __attribute__((always_inline))

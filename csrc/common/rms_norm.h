@@ -6,8 +6,8 @@
 
 namespace effkern {
 
-// y = total * rstd * weight, rstd = 1 / sqrt(mean(total^2) + eps), total = x + residual rounded to dtype.
-// Without a residual, total is x itself and nothing is written for it.
+// y = total * rstd * weight, rstd = 1 / sqrt(mean(total^2) + eps), total = x + residual rounded to
+// dtype. Without a residual, total is x itself and nothing is written for it.
 struct RmsNormForward {
   DType dtype;         // of x, residual, y and total
   DType weight_dtype;  // any; the product is taken in the accumulation type

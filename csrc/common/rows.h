@@ -7,7 +7,8 @@
 
 namespace effkern {
 
-// Any tensor whose leading dimensions collapse to at most three strided ones. Strides are in elements.
+// Any tensor whose leading dimensions collapse to at most three strided ones. Strides are in
+// elements.
 struct RowLayout {
   int64_t size1, size2;               // extents of the middle and the innermost leading dimension
   int64_t stride0, stride1, stride2;  // strides of the three leading dimensions

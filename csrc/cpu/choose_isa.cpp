@@ -18,8 +18,8 @@ struct Candidate {
 
 #if defined(__x86_64__)
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-         __builtin_cpu_supports("bmi2");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
 }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -48,8 +48,10 @@ Kernels choose_at_load() {
   const char* const wanted = std::getenv("EFFKERN_ISA");
   if (wanted && *wanted) {
     if (const Candidate* found = find(wanted)) return found->kernels();
-    std::fprintf(stderr, "effkern: EFFKERN_ISA=%s is not an instruction set of this machine and build; ignored\n",
-                 wanted);
+    std::fprintf(
+        stderr,
+        "effkern: EFFKERN_ISA=%s is not an instruction set of this machine and build; ignored\n",
+        wanted);
   }
   return find(nullptr)->kernels();
 }

@@ -20,7 +20,9 @@ void run(ParallelFor parallel_for, int64_t total, int64_t grain, const Work& wor
   }
   parallel_for(
       total, grain,
-      [](int64_t begin, int64_t end, void* context) { (*static_cast<const Work*>(context))(begin, end); },
+      [](int64_t begin, int64_t end, void* context) {
+        (*static_cast<const Work*>(context))(begin, end);
+      },
       const_cast<void*>(static_cast<const void*>(&work)));
 }
 
@@ -42,20 +44,25 @@ RowChunks rms_norm_chunks(int64_t rows) {
 void rms_norm_backward(const RmsNormBackward& args, void* partial, ParallelFor parallel_for) {
   const Kernels& kernels = chosen_kernels();
   if (!args.grad_weight) {
-    run(parallel_for, args.rows, grain_of_rows(args.features),
-        [&](int64_t begin, int64_t end) { kernels.rms_norm_backward(args, 1, nullptr, begin, end); });
+    run(parallel_for, args.rows, grain_of_rows(args.features), [&](int64_t begin, int64_t end) {
+      kernels.rms_norm_backward(args, 1, nullptr, begin, end);
+    });
     return;
   }
   const RowChunks chunks = rms_norm_chunks(args.rows);
   run(parallel_for, chunks.count, grain_of_rows(args.features * chunks.rows),
-      [&](int64_t begin, int64_t end) { kernels.rms_norm_backward(args, chunks.rows, partial, begin, end); });
+      [&](int64_t begin, int64_t end) {
+        kernels.rms_norm_backward(args, chunks.rows, partial, begin, end);
+      });
   // Whole vectors to each thread: a grain of 1,024 features is a multiple of every vector's lanes.
   constexpr int64_t kFeatureGrain = 1024;
   const int64_t grains = (args.features + kFeatureGrain - 1) / kFeatureGrain;
-  run(parallel_for, grains, grain_of_rows(kFeatureGrain * (chunks.count + 1)), [&](int64_t begin, int64_t end) {
-    const int64_t last = end * kFeatureGrain < args.features ? end * kFeatureGrain : args.features;
-    kernels.rms_norm_weight(args, chunks.count, partial, begin * kFeatureGrain, last);
-  });
+  run(parallel_for, grains, grain_of_rows(kFeatureGrain * (chunks.count + 1)),
+      [&](int64_t begin, int64_t end) {
+        const int64_t last =
+            end * kFeatureGrain < args.features ? end * kFeatureGrain : args.features;
+        kernels.rms_norm_weight(args, chunks.count, partial, begin * kFeatureGrain, last);
+      });
 }
 
 void adam(const AdamTask& task, ParallelFor parallel_for) {

@@ -1,5 +1,6 @@
-// The CPU's kernels as a caller sees them: whole tasks, split over threads that the caller provides.
-// No torch header is needed here or below, so these sources build as a plain static library too.
+// The CPU's kernels as a caller sees them: whole tasks, split over threads that the caller
+// provides. No torch header is needed here or below, so these sources build as a plain static
+// library too.
 #pragma once
 
 #include <cstdint>
@@ -8,28 +9,32 @@
 
 namespace effkern::cpu {
 
-// Runs body(begin, end, context) over [0, total) in stretches of at least `grain`, in any number of threads.
-// torch_parallel_for has this form; so the kernels share PyTorch's threads and keep none of their own.
+// Runs body(begin, end, context) over [0, total) in stretches of at least `grain`, in any number of
+// threads. torch_parallel_for has this form; so the kernels share PyTorch's threads and keep none
+// of their own.
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t total, int64_t grain, Body body, void* context);
 
 void rms_norm_forward(const RmsNormForward& args, ParallelFor parallel_for);
 
-// How the rows are cut to sum the weight's gradient. It depends on the shape alone, so that the sum does too.
+// How the rows are cut to sum the weight's gradient. It depends on the shape alone, so that the sum
+// does too.
 struct RowChunks {
   int64_t rows;   // in each chunk but the last
   int64_t count;  // of chunks
 };
 RowChunks rms_norm_chunks(int64_t rows);
 
-// `partial` has room for count x features numbers of the accumulation type where grad_weight is wanted, else null.
+// `partial` has room for count x features numbers of the accumulation type where grad_weight is
+// wanted, else null.
 void rms_norm_backward(const RmsNormBackward& args, void* partial, ParallelFor parallel_for);
 
 void adam(const AdamTask& task, ParallelFor parallel_for);
 
 void bandwidth(const BandwidthTask& task, int64_t elements, ParallelFor parallel_for);
 
-// The instruction set in use: the widest the machine has, or the one that EFFKERN_ISA named at load.
+// The instruction set in use: the widest the machine has, or the one that EFFKERN_ISA named at
+// load.
 const char* isa();
 // Chooses "baseline", "avx2" or "avx512"; false where the library or the machine lacks it.
 bool set_isa(const char* name);

@@ -17,8 +17,8 @@ struct AdamTask {
   AdamOptions options;
 };
 
-// A pass over memory with `reads` input and `writes` output arrays and next to no arithmetic: the limit that a
-// benchmark holds a kernel against.
+// A pass over memory with `reads` input and `writes` output arrays and next to no arithmetic: the
+// limit that a benchmark holds a kernel against.
 struct BandwidthTask {
   const float* const* inputs;
   float* const* outputs;
@@ -29,11 +29,13 @@ struct BandwidthTask {
 struct Kernels {
   const char* isa;
   void (*rms_norm_forward)(const RmsNormForward&, int64_t begin, int64_t end);
-  // A chunk is `chunk_rows` rows; `partial`, one row of features per chunk in the accumulation type, takes each
-  // chunk's share of the weight's gradient (null: not wanted).
-  void (*rms_norm_backward)(const RmsNormBackward&, int64_t chunk_rows, void* partial, int64_t begin, int64_t end);
+  // A chunk is `chunk_rows` rows; `partial`, one row of features per chunk in the accumulation
+  // type, takes each chunk's share of the weight's gradient (null: not wanted).
+  void (*rms_norm_backward)(const RmsNormBackward&, int64_t chunk_rows, void* partial,
+                            int64_t begin, int64_t end);
   // Sums `chunks` rows of `partial` into grad_weight for the features [begin, end).
-  void (*rms_norm_weight)(const RmsNormBackward&, int64_t chunks, const void* partial, int64_t begin, int64_t end);
+  void (*rms_norm_weight)(const RmsNormBackward&, int64_t chunks, const void* partial,
+                          int64_t begin, int64_t end);
   // Elements are counted through all tensors, in the table's order.
   void (*adam)(const AdamTask&, int64_t begin, int64_t end);
   void (*bandwidth)(const BandwidthTask&, int64_t begin, int64_t end);

@@ -1,7 +1,8 @@
 // Vectors of the accumulation type, and how storage types are loaded into and stored from them.
 //
-// Written with the compiler's vector extensions at the natural width of the instruction set, so that one source
-// serves AVX-512, AVX2, SSE2 and NEON; intrinsics stand only where no operator says it (square root, half, streaming).
+// Written with the compiler's vector extensions at the natural width of the instruction set, so
+// that one source serves AVX-512, AVX2, SSE2 and NEON; intrinsics stand only where no operator says
+// it (square root, half, streaming).
 #pragma once
 
 #include <cstdint>
@@ -85,10 +86,11 @@ EFFKERN_INLINE Halves to_bfloat16(Floats x) {
 
 #if defined(__AVX512F__)
 EFFKERN_INLINE Floats from_float16(Halves bits) {
-  return bit_cast<Floats>(_mm512_cvtph_ps(bit_cast<__m256i>(bits)));
+  return bit_cast<Floats>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(bits)));
 }
 EFFKERN_INLINE Halves to_float16(Floats x) {
-  return bit_cast<Halves>(_mm512_cvtps_ph(bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+  return bit_cast<Halves>(
+      _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__AVX2__) && defined(__F16C__)
 EFFKERN_INLINE Floats from_float16(Halves bits) {
@@ -198,7 +200,8 @@ EFFKERN_INLINE void store_some(T* p, Vec<T> v, int64_t count) {
   }
 }
 
-// ---- past the caches, for outputs larger than they are: the address must be a multiple of the vector ----
+// ---- past the caches, for outputs larger than they are: the address must be a multiple of the
+// vector ----
 
 template <class T>
 EFFKERN_INLINE void stream(T* p, Vec<T> v) {
@@ -229,8 +232,6 @@ EFFKERN_INLINE void finish_streams() {
 }
 
 // ---- arithmetic that no operator says ----
-
-// (The zero-masked forms, all lanes chosen: GCC 12 warns of an uninitialised value inside the plain AVX-512 ones.)
 
 EFFKERN_INLINE Floats square_root(Floats x) {
 #if defined(__AVX512F__)

@@ -14,11 +14,11 @@ namespace effkern {
 template <class S>
 struct AdamScalars {
   S one_minus_beta1, beta2, one_minus_beta2, eps;
-  S step_size;       // lr / (1 - beta1^t)
-  S rsqrt_bias2;     // 1 / sqrt(1 - beta2^t)
-  S shrink;          // AdamW: 1 - lr * weight_decay; 1 otherwise
-  S l2;              // Adam: weight_decay; 0 otherwise
-  S sign;            // -1 to maximize, else 1
+  S step_size;    // lr / (1 - beta1^t)
+  S rsqrt_bias2;  // 1 / sqrt(1 - beta2^t)
+  S shrink;       // AdamW: 1 - lr * weight_decay; 1 otherwise
+  S l2;           // Adam: weight_decay; 0 otherwise
+  S sign;         // -1 to maximize, else 1
 };
 
 // t counts from 1. 1 - beta^t is -expm1(t log(beta)): exact where beta^t is close to 1.
@@ -39,7 +39,8 @@ EFFKERN_INLINE AdamScalars<S> adam_scalars(const AdamOptions& o, double t) {
   return s;
 }
 
-// V is S or a vector of S: math/scalar.h and cpu/simd.h (included first) give square_root and larger for both.
+// V is S or a vector of S: math/scalar.h and cpu/simd.h (included first) give square_root and
+// larger for both.
 template <bool kAmsgrad, class V, class S>
 EFFKERN_INLINE void adam_update(V& param, V grad, V& exp_avg, V& exp_avg_sq, V& max_exp_avg_sq,
                                 const AdamScalars<S>& s) {

@@ -1,48 +1,97 @@
-"""How an op is declared: one schema, one fake kernel, and an overload for each backend that Python chooses.
+"""How an op is declared: one schema, one fake kernel, and an overload for each backend that Python implements.
 
 ``torch.ops.effkern.NAME.default`` is what a call reaches unless somebody asked for a backend by name. For CPU and
-CUDA tensors the shared libraries implement it (``csrc/torch``); where no library serves, `effkern.backends` fills the
-gap. ``torch.ops.effkern.NAME.reference`` and ``.triton`` have the same schema and always run that backend.
+CUDA tensors the shared libraries implement it (``csrc/torch``); `fill_gaps` gives it an implementation where no library
+serves. ``torch.ops.effkern.NAME.reference`` and ``.triton`` have the same schema and always run that backend.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from effkern.backends import native
-
-_library = torch.library.Library("effkern", "DEF")
-
-#: Backends that are overloads beside ``default``, which belongs to the native libraries.
-OVERLOADS = ("reference", "triton")
+from effkern.backends import choice, native
 
 Implementation = Callable[..., Any]
 
+library = torch.library.Library("effkern", "DEF")
 
-def declare(name: str, signature: str, *, fake: Implementation, reference: Implementation, triton: Implementation) -> None:
+#: Everything `declare` declared: name -> (signature, fake, implementations by backend).
+declared: dict[str, tuple[str, Implementation, dict[str, Implementation]]] = {}
+
+
+def define(name: str, signature: str, fake: Implementation) -> None:
+    """Declare a schema and its fake kernel, with no implementation."""
+    library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"effkern::{name}", fake, lib=library)
+
+
+def declare(
+    name: str,
+    signature: str,
+    *,
+    fake: Implementation,
+    reference: Implementation | None,
+    triton: str,
+) -> None:
     """Declare kernel op ``effkern::name``.
 
     Args:
         name: without the namespace.
         signature: the schema behind the name: ``"(Tensor x) -> Tensor"``.
         fake: gives outputs of the right shape, dtype and device without computing them.
-        reference: the same in plain PyTorch, for any device.
-        triton: the same in Triton; must import Triton only when called.
+        reference: the same in plain PyTorch, for any device; None for an op that has no such form.
+        triton: where the same stands in Triton, as "module:function"; imported at the first call.
     """
+    implementations = {"triton": _imported_at_first_call(triton)}
+    if reference is not None:
+        implementations["reference"] = reference
     define(name, signature, fake)
-    for backend, implementation in (("reference", reference), ("triton", triton)):
-        overload = f"{name}.{backend}"
-        define(overload, signature, fake)
-        _library.impl(overload, implementation, "CompositeExplicitAutograd")
+    for backend, implementation in implementations.items():
+        define(f"{name}.{backend}", signature, fake)
+        library.impl(f"{name}.{backend}", implementation, "CompositeExplicitAutograd")
+    declared[name] = (signature, fake, implementations)
+
+
+def fill_gaps() -> None:
+    """Give each declared op an implementation for the kinds of device whose library is not loaded."""
     for key in ("CPU", "CUDA"):
         if not native.serves(key):
-            _library.impl(name, triton if key == "CUDA" and native.triton_works() else reference, key)
+            backend = choice.serving(key.lower())
+            for name, (_, _, implementations) in declared.items():
+                if backend in implementations:
+                    library.impl(name, implementations[backend], key)
 
 
-def define(name: str, signature: str, fake: Implementation) -> None:
-    """Declare a schema and its fake kernel, with no implementation."""
-    _library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"effkern::{name}", fake, lib=_library)
+def _imported_at_first_call(where: str) -> Implementation:
+    module, function = where.split(":")
+
+    def implementation(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args, **kwargs)
+
+    return implementation
+
+
+class Family:
+    """The kernel ops of one family, as the chosen backend implements them."""
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
+        self._default = self._overloads("default")
+
+    def _overloads(self, overload: str) -> tuple[torch._ops.OpOverload, ...]:
+        return tuple(getattr(getattr(torch.ops.effkern, name), overload) for name in self._names)
+
+    def __call__(self, tensor: torch.Tensor) -> tuple[torch._ops.OpOverload, ...]:
+        """The overloads to call for arguments on ``tensor``'s device, in the order of the names.
+
+        Raises:
+            RuntimeError: if the backend asked for does not take tensors of that device.
+        """
+        if choice.requested() is None:
+            return self._default
+        backend = choice.serving(tensor.device.type)
+        return self._default if backend in ("cpu", "cuda") else self._overloads(backend)

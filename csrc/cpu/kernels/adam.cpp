@@ -1,11 +1,13 @@
 // Adam over a table of tensors: 16 bytes read and 12 written an element of float32, each once.
-#include "cpu/kernels/isa.h"
 #include "math/adam.h"
+
+#include "cpu/kernels/isa.h"
 
 namespace effkern::cpu::EFFKERN_ISA {
 namespace {
 
-// Stretches of a tensor begin at multiples of this many elements, so that threads do not share a cache line.
+// Stretches of a tensor begin at multiples of this many elements, so that threads do not share a
+// cache line.
 constexpr int64_t kGranule = 64;
 
 template <class T>
@@ -24,8 +26,10 @@ struct Tensor {
 };
 
 template <class T, bool kAmsgrad>
-EFFKERN_INLINE void update_vector(const Tensor<T>& t, int64_t i, const AdamScalars<Acc<T>>& scalars) {
-  Vec<T> param = load(t.param + i), exp_avg = load(t.exp_avg + i), exp_avg_sq = load(t.exp_avg_sq + i);
+EFFKERN_INLINE void update_vector(const Tensor<T>& t, int64_t i,
+                                  const AdamScalars<Acc<T>>& scalars) {
+  Vec<T> param = load(t.param + i), exp_avg = load(t.exp_avg + i),
+         exp_avg_sq = load(t.exp_avg_sq + i);
   Vec<T> max_exp_avg_sq = {};
   if constexpr (kAmsgrad) max_exp_avg_sq = load(t.max_exp_avg_sq + i);
   adam_update<kAmsgrad>(param, load(t.grad + i), exp_avg, exp_avg_sq, max_exp_avg_sq, scalars);
@@ -35,9 +39,11 @@ EFFKERN_INLINE void update_vector(const Tensor<T>& t, int64_t i, const AdamScala
   if constexpr (kAmsgrad) store(t.max_exp_avg_sq + i, max_exp_avg_sq);
 }
 
-// The last elements go through the same vector code on a copy, so that no element's result depends on its place.
+// The last elements go through the same vector code on a copy, so that no element's result depends
+// on its place.
 template <class T, bool kAmsgrad>
-void update_tail(const Tensor<T>& t, int64_t begin, int64_t count, const AdamScalars<Acc<T>>& scalars) {
+void update_tail(const Tensor<T>& t, int64_t begin, int64_t count,
+                 const AdamScalars<Acc<T>>& scalars) {
   T param[kLanes<T>] = {}, grad[kLanes<T>] = {}, state[3][kLanes<T>] = {};
   const size_t bytes = static_cast<size_t>(count) * sizeof(T);
   __builtin_memcpy(param, t.param + begin, bytes);
@@ -53,7 +59,8 @@ void update_tail(const Tensor<T>& t, int64_t begin, int64_t count, const AdamSca
 }
 
 template <class T, bool kAmsgrad>
-void update_stretch(const Tensor<T>& t, int64_t begin, int64_t end, const AdamScalars<Acc<T>>& scalars) {
+void update_stretch(const Tensor<T>& t, int64_t begin, int64_t end,
+                    const AdamScalars<Acc<T>>& scalars) {
   int64_t i = begin;
   for (; i + kLanes<T> <= end; i += kLanes<T>) update_vector<T, kAmsgrad>(t, i, scalars);
   if (i < end) update_tail<T, kAmsgrad>(t, i, end - i, scalars);
@@ -77,30 +84,37 @@ void update(const AdamTask& task, int64_t begin, int64_t end) {
     const int64_t to = granule_at_or_after(end - first, numel);
     first += numel;
     if (from >= to) continue;
-    const double step = task.steps_are_double ? *address<double>(row, kStep) : *address<float>(row, kStep);
+    const double step =
+        task.steps_are_double ? *address<double>(row, kStep) : *address<float>(row, kStep);
     if (step != scalars_step) {
       scalars = adam_scalars<Acc<T>>(task.options, step);
       scalars_step = step;
     }
-    const Tensor<T> tensor = {address<T>(row, kParam), address<T>(row, kGrad), address<T>(row, kState0),
-                              address<T>(row, kState1), address<T>(row, kState2)};
+    const Tensor<T> tensor = {address<T>(row, kParam), address<T>(row, kGrad),
+                              address<T>(row, kState0), address<T>(row, kState1),
+                              address<T>(row, kState2)};
     update_stretch<T, kAmsgrad>(tensor, from, to, scalars);
   }
 }
 
 template <class T>
 void update(const AdamTask& task, int64_t begin, int64_t end) {
-  return task.options.amsgrad ? update<T, true>(task, begin, end) : update<T, false>(task, begin, end);
+  return task.options.amsgrad ? update<T, true>(task, begin, end)
+                              : update<T, false>(task, begin, end);
 }
 
 }  // namespace
 
 void adam(const AdamTask& task, int64_t begin, int64_t end) {
   switch (task.dtype) {
-    case DType::kFloat32: return update<float>(task, begin, end);
-    case DType::kFloat64: return update<double>(task, begin, end);
-    case DType::kBFloat16: return update<BFloat16>(task, begin, end);
-    case DType::kFloat16: return update<Float16>(task, begin, end);
+    case DType::kFloat32:
+      return update<float>(task, begin, end);
+    case DType::kFloat64:
+      return update<double>(task, begin, end);
+    case DType::kBFloat16:
+      return update<BFloat16>(task, begin, end);
+    case DType::kFloat16:
+      return update<Float16>(task, begin, end);
   }
 }
 

@@ -1,5 +1,5 @@
-// Included first by every kernel source: the build compiles each of them once per instruction set, with
-// EFFKERN_ISA naming the namespace of that copy.
+// Included first by every kernel source: the build compiles each of them once per instruction set,
+// with EFFKERN_ISA naming the namespace of that copy.
 #pragma once
 
 #ifndef EFFKERN_ISA
@@ -14,8 +14,10 @@
 namespace effkern::cpu::EFFKERN_ISA {
 
 void rms_norm_forward(const RmsNormForward&, int64_t begin, int64_t end);
-void rms_norm_backward(const RmsNormBackward&, int64_t chunk_rows, void* partial, int64_t begin, int64_t end);
-void rms_norm_weight(const RmsNormBackward&, int64_t chunks, const void* partial, int64_t begin, int64_t end);
+void rms_norm_backward(const RmsNormBackward&, int64_t chunk_rows, void* partial, int64_t begin,
+                       int64_t end);
+void rms_norm_weight(const RmsNormBackward&, int64_t chunks, const void* partial, int64_t begin,
+                     int64_t end);
 void adam(const AdamTask&, int64_t begin, int64_t end);
 void bandwidth(const BandwidthTask&, int64_t begin, int64_t end);
 

@@ -1,18 +1,21 @@
-// RMSNorm, a row at a time: the first pass over a row brings it into the nearest cache and the second finds it there,
-// so each byte of memory is read once and written once.
-#include "cpu/kernels/isa.h"
+// RMSNorm, a row at a time: the first pass over a row brings it into the nearest cache and the
+// second finds it there, so each byte of memory is read once and written once.
 #include "math/rms_norm.h"
+
+#include "cpu/kernels/isa.h"
 
 #define EFFKERN_LAMBDA __attribute__((always_inline))
 
 namespace effkern::cpu::EFFKERN_ISA {
 namespace {
 
-// Outputs beyond this many bytes are written past the caches: they would not stay there until their reader comes.
+// Outputs beyond this many bytes are written past the caches: they would not stay there until their
+// reader comes.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
-// Calls body(i, count, slot) for each vector of a row; count is less than a vector only for the last. Consecutive
-// vectors have different slots of kSlots, so that a sum kept per slot does not wait for the addition before.
+// Calls body(i, count, slot) for each vector of a row; count is less than a vector only for the
+// last. Consecutive vectors have different slots of kSlots, so that a sum kept per slot does not
+// wait for the addition before.
 constexpr int kSlots = 4;
 template <class T, class Body>
 EFFKERN_INLINE void for_each_vector(int64_t features, const Body& body) {
@@ -33,7 +36,8 @@ EFFKERN_INLINE auto sum_slots(const V (&slots)[kSlots]) {
   return sum_lanes((slots[0] + slots[1]) + (slots[2] + slots[3]));
 }
 
-// Whether an output of contiguous rows is to be written past the caches. All vectors are then whole and aligned.
+// Whether an output of contiguous rows is to be written past the caches. All vectors are then whole
+// and aligned.
 template <class T>
 bool is_streamed(const void* output, int64_t rows, int64_t features) {
   const int64_t row_bytes = features * static_cast<int64_t>(sizeof(T));
@@ -101,7 +105,8 @@ void forward(const RmsNormForward& args, int64_t begin, int64_t end) {
   if (y_streamed || total_streamed) finish_streams();
 }
 
-// `partial` takes the rows' share of the weight's gradient: one row of features, zero before the first.
+// `partial` takes the rows' share of the weight's gradient: one row of features, zero before the
+// first.
 template <class T, class W, bool kPartial, bool kGradTotal>
 void backward_rows(const RmsNormBackward& args, Acc<T>* partial, int64_t begin, int64_t end) {
   using S = Acc<T>;
@@ -119,7 +124,8 @@ void backward_rows(const RmsNormBackward& args, Acc<T>* partial, int64_t begin, 
       const Vec<T> g = load_some(grad + i, count), v = load_some(x + i, count);
       products[slot] += weighted(g, weight, i, count) * v;
       if constexpr (kPartial) {
-        store_some(partial + i, load_some(partial + i, count) + rms_norm_grad_weight(g, v, rstd), count);
+        store_some(partial + i, load_some(partial + i, count) + rms_norm_grad_weight(g, v, rstd),
+                   count);
       }
     });
     if (!args.grad_x) continue;
@@ -142,11 +148,13 @@ void backward_rows(const RmsNormBackward& args, Acc<T>* partial, int64_t begin, 
 
 template <class T, class W>
 void forward(const RmsNormForward& args, int64_t begin, int64_t end) {
-  return args.residual ? forward<T, W, true>(args, begin, end) : forward<T, W, false>(args, begin, end);
+  return args.residual ? forward<T, W, true>(args, begin, end)
+                       : forward<T, W, false>(args, begin, end);
 }
 
 template <class T, class W, bool kPartial, bool kGradTotal>
-void backward_chunks(const RmsNormBackward& args, int64_t chunk_rows, void* partial, int64_t begin, int64_t end) {
+void backward_chunks(const RmsNormBackward& args, int64_t chunk_rows, void* partial, int64_t begin,
+                     int64_t end) {
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     Acc<T>* share = nullptr;
     if constexpr (kPartial) {
@@ -160,13 +168,16 @@ void backward_chunks(const RmsNormBackward& args, int64_t chunk_rows, void* part
 }
 
 template <class T, class W, bool kPartial>
-void backward(const RmsNormBackward& args, int64_t chunk_rows, void* partial, int64_t begin, int64_t end) {
-  return args.grad_total ? backward_chunks<T, W, kPartial, true>(args, chunk_rows, partial, begin, end)
-                         : backward_chunks<T, W, kPartial, false>(args, chunk_rows, partial, begin, end);
+void backward(const RmsNormBackward& args, int64_t chunk_rows, void* partial, int64_t begin,
+              int64_t end) {
+  return args.grad_total
+             ? backward_chunks<T, W, kPartial, true>(args, chunk_rows, partial, begin, end)
+             : backward_chunks<T, W, kPartial, false>(args, chunk_rows, partial, begin, end);
 }
 
 template <class S, class W>
-void reduce_weight(const RmsNormBackward& args, int64_t chunks, const void* partial, int64_t begin, int64_t end) {
+void reduce_weight(const RmsNormBackward& args, int64_t chunks, const void* partial, int64_t begin,
+                   int64_t end) {
   W* const out = static_cast<W*>(args.grad_weight);
   for (int64_t i = begin; i < end; i += kLanes<S>) {
     const int64_t count = end - i < kLanes<S> ? end - i : kLanes<S>;
@@ -188,10 +199,14 @@ void with_types(DType dtype, bool has_weight, DType weight_dtype, const Body& bo
     return body(input, Acc<T>{});
   };
   switch (dtype) {
-    case DType::kFloat32: return with_input(float{});
-    case DType::kFloat64: return with_input(double{});
-    case DType::kBFloat16: return with_input(BFloat16{});
-    case DType::kFloat16: return with_input(Float16{});
+    case DType::kFloat32:
+      return with_input(float{});
+    case DType::kFloat64:
+      return with_input(double{});
+    case DType::kBFloat16:
+      return with_input(BFloat16{});
+    case DType::kFloat16:
+      return with_input(Float16{});
   }
 }
 
@@ -203,7 +218,8 @@ void rms_norm_forward(const RmsNormForward& args, int64_t begin, int64_t end) {
   });
 }
 
-void rms_norm_backward(const RmsNormBackward& args, int64_t chunk_rows, void* partial, int64_t begin, int64_t end) {
+void rms_norm_backward(const RmsNormBackward& args, int64_t chunk_rows, void* partial,
+                       int64_t begin, int64_t end) {
   with_types(args.dtype, args.weight != nullptr, args.weight_dtype, [&](auto input, auto weight) {
     using T = decltype(input);
     using W = decltype(weight);
@@ -214,7 +230,8 @@ void rms_norm_backward(const RmsNormBackward& args, int64_t chunk_rows, void* pa
   });
 }
 
-void rms_norm_weight(const RmsNormBackward& args, int64_t chunks, const void* partial, int64_t begin, int64_t end) {
+void rms_norm_weight(const RmsNormBackward& args, int64_t chunks, const void* partial,
+                     int64_t begin, int64_t end) {
   with_types(args.dtype, true, args.weight_dtype, [&](auto input, auto weight) {
     using W = decltype(weight);
     if constexpr (!__is_same(W, NoWeight)) {

@@ -1,0 +1,48 @@
+// effkern::_adam_ and _adam_planned_ for CPU tensors.
+#include "torch/cpu.h"
+#include "torch/multi_tensor.h"
+
+namespace effkern {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+void run(const int64_t* table, int64_t tensors, DType dtype, bool steps_are_double,
+         const AdamOptions& options) {
+  for (int64_t i = 0; i < tensors; ++i) increase_step(table + i * kTableColumns, steps_are_double);
+  cpu::adam({dtype, steps_are_double, table, tensors, options}, torch_threads);
+}
+
+void adam(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+          const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs, const Tensors& steps,
+          double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
+          bool amsgrad, bool maximize) {
+  const AdamTable table =
+      adam_table({params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps}, amsgrad);
+  run(table.rows.data(), table.tensors(), table.dtype, table.steps_are_double,
+      {lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize});
+}
+
+int64_t adam_planned(const Tensor& table, const Tensor& device_table, const Tensor& chunks,
+                     const Tensor& layouts, const Tensors& grads, double lr, double beta1,
+                     double beta2, double eps, double weight_decay, bool decoupled, bool amsgrad,
+                     bool maximize) {
+  (void)device_table, (void)chunks;  // a GPU's
+  int64_t* const rows = planned_table(table, grads);
+  const int64_t tensors = table.size(0);
+  const PlannedLayouts planned(layouts, tensors);
+  const int64_t mismatch = planned.first_mismatch(grads, device_of(table));
+  if (mismatch >= 0) return mismatch;
+  put_grads(rows, grads);
+  run(rows, tensors, planned.dtype(), planned.steps_are_double(),
+      {lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize});
+  return -1;
+}
+
+}  // namespace
+}  // namespace effkern
+
+STABLE_TORCH_LIBRARY_IMPL(effkern, CPU, m) {
+  m.impl("_adam_", TORCH_BOX(&effkern::adam));
+  m.impl("_adam_planned_", TORCH_BOX(&effkern::adam_planned));
+}

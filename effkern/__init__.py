@@ -1,0 +1,20 @@
+"""Fused kernels for PyTorch, and methods that make training and inference cheaper.
+
+    optimizer = effkern.FusedAdamW(model.parameters(), lr=3e-4)     # for torch.optim.AdamW
+    norm = effkern.nn.RMSNorm(768)                                  # for torch.nn.RMSNorm
+"""
+
+from effkern import nn
+from effkern.version import __version__
+from effkern.backends.choice import BackendStatus, backends, use_backend
+from effkern.optim import FusedAdam, FusedAdamW
+
+__all__ = [
+    "BackendStatus",
+    "FusedAdam",
+    "FusedAdamW",
+    "__version__",
+    "backends",
+    "nn",
+    "use_backend",
+]

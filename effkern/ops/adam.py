@@ -1,0 +1,45 @@
+"""Adam's kernel ops: one from lists of tensors, one from a plan.
+
+``_adam_`` takes every tensor; torch.compile, opcheck and the reference backend use it. ``_adam_planned_`` takes a table
+of addresses that `effkern.optim.plan` keeps between steps, so that only the gradients cross the boundary; what it
+writes is invisible to PyTorch, and its caller raises the version counters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from effkern.backends.reference import adam as reference
+from effkern.ops._declare import Family, declare
+
+_SCALARS = (
+    "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, bool amsgrad, bool maximize"
+)
+
+
+def _adam_fake(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _planned_fake(*args: Any, **kwargs: Any) -> int:
+    raise RuntimeError("effkern::_adam_planned_ works on addresses and cannot be traced; trace effkern::_adam_")
+
+
+declare(
+    "_adam_",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+    f" Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, *, {_SCALARS}) -> ()",
+    fake=_adam_fake,
+    reference=reference.adam_,
+    triton="effkern.backends.triton.adam:adam_",
+)
+declare(
+    "_adam_planned_",
+    "(Tensor(a!) table, Tensor(b!) device_table, Tensor chunks, Tensor layouts, Tensor[] grads, *,"
+    f" {_SCALARS}) -> int",
+    fake=_planned_fake,
+    reference=None,
+    triton="effkern.backends.triton.adam:adam_planned_",
+)
+from_lists = Family("_adam_")
+from_plan = Family("_adam_planned_")
