@@ -22,7 +22,7 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu_name(),
         "cpu_isa": native.cpu_isa(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory_bytes(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
@@ -34,6 +34,11 @@ def describe() -> dict[str, Any]:
         "effkern": __version__,
         "commit": commit(),
     }
+
+
+def cores() -> int | None:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def cpu_name() -> str:
@@ -73,7 +78,7 @@ def program(*names: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from, ``-dirty`` when it differs; None outside one."""
+    """The checkout's commit, with ``-dirty`` where files differ from it; None outside one."""
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:

@@ -27,7 +27,7 @@ def release_free_memory(device: torch.device) -> bool:
 
 
 def peak_process_memory() -> int | None:
-    """The most bytes of main memory that this process held so far; None where the system does not tell."""
+    """The most main memory, in bytes, that this process held so far; None if the system is mute."""
     try:
         import resource
     except ImportError:

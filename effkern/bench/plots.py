@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from effkern.bench.results import COPY_LIMIT, OURS, Case, Result
 
@@ -11,7 +12,7 @@ COLOURS = {"ours": "#0072b2", "peer": "#b0b0b0", "limit": "#e69f00"}
 
 
 def draw(result: Result, file: Path) -> None:
-    """Draw the median times with their quartiles; ``file`` ends in ``.png``, ``.svg`` or ``.pdf``."""
+    """Draw median times with quartiles; ``file`` ends in ``.png``, ``.svg`` or ``.pdf``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -21,12 +22,14 @@ def draw(result: Result, file: Path) -> None:
     panels = figure.subplots(len(result.cases), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, case in zip(panels, result.cases, strict=True):
         _draw_case(panel, case)
-    figure.suptitle(f"effkern bench {result.benchmark}: time of one call, shorter is better", fontsize=10)
+    figure.suptitle(
+        f"effkern bench {result.benchmark}: time of one call, shorter is better", fontsize=10
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
 
 
-def _draw_case(panel, case: Case) -> None:
+def _draw_case(panel: Any, case: Case) -> None:
     unit, scale = ("ms", 1e3) if case.rows[0].seconds.median >= 1e-3 else ("µs", 1e6)
     names = [row.name for row in case.rows]
     medians = [row.seconds.median * scale for row in case.rows]
@@ -34,7 +37,9 @@ def _draw_case(panel, case: Case) -> None:
     above = [(row.seconds.high - row.seconds.median) * scale for row in case.rows]
     colours = [COLOURS[_kind(name)] for name in names]
     bars = panel.barh(names, medians, xerr=(below, above), color=colours, capsize=2)
-    panel.bar_label(bars, labels=[f"{value:.3g} {unit}" for value in medians], padding=4, fontsize=8)
+    panel.bar_label(
+        bars, labels=[f"{value:.3g} {unit}" for value in medians], padding=4, fontsize=8
+    )
     panel.set_title(case.name, fontsize=9, loc="left")
     panel.invert_yaxis()
     panel.tick_params(labelsize=8)

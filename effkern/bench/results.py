@@ -26,8 +26,8 @@ class Row:
         name: the contestant.
         seconds: of one call.
         speedup: the contestant's time over effkern's: above 1, effkern is faster.
-        bandwidth: the least bytes that the work must move, over its time, in bytes per second; None where
-            the case is not about bandwidth.
+        bandwidth: the least bytes that the work must move, over its time, in bytes per second; None
+            where the case is not about bandwidth.
         share_of_limit: ``bandwidth`` over that of the copy limit, 1 at the limit; None without one.
     """
 
@@ -45,9 +45,11 @@ class Case:
     Attributes:
         name: what the work is.
         rows: one for each contestant, effkern's first.
-        bytes_moved: the least bytes that one call must read and write; None where that says nothing.
+        bytes_moved: the least bytes that one call must read and write; None where that says
+            nothing.
         elements: how many elements one call works on.
-        of_overhead: the figure of interest is what a call costs beside a peer's, not how fast it moves bytes.
+        of_overhead: the figure of interest is what a call costs beside a peer's, not how fast it
+            moves bytes.
     """
 
     name: str

@@ -24,6 +24,7 @@ class Spread:
         return cls(median, low, high)
 
     def scaled(self, factor: float) -> Spread:
+        """All three, times a positive ``factor``."""
         return Spread(self.median * factor, self.low * factor, self.high * factor)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +22,7 @@ def render(result: Result) -> RenderableType:
     return Group(*parts)
 
 
-def machine_line(machine: dict, device: str) -> str:
+def machine_line(machine: Mapping[str, Any], device: str) -> str:
     """The machine in one line."""
     where = ", ".join(machine["gpus"]) if device.startswith("cuda") else machine["cpu"]
     return (

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
-#: Untimed scratch traffic between two timed calls; more than the last-level cache of common machines.
+#: Untimed scratch traffic between two timed calls; more than the last-level cache of common
+#: machines.
 SCRUB_BYTES = 256 * 2**20
 
 
@@ -27,9 +28,11 @@ class WallClock:
     """The host's clock, for work that is done when its call returns."""
 
     def mark(self) -> float:
+        """Read the host's clock."""
         return time.perf_counter()
 
     def seconds(self, start: float, end: float) -> float:
+        """Seconds from ``start`` to ``end``."""
         return end - start
 
 
@@ -37,11 +40,13 @@ class CudaClock:
     """CUDA events on the current stream."""
 
     def mark(self) -> torch.cuda.Event:
+        """Record an event behind the work that was queued so far."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        """Seconds from ``start`` to ``end``; waits for ``end``."""
         end.synchronize()
         return start.elapsed_time(end) / 1000
 
@@ -56,7 +61,8 @@ class Contestant:
     """Work to be timed.
 
     Attributes:
-        run: the timed call; gets what ``prepare`` returned. Its result is kept until the clock has stopped.
+        run: the timed call; gets what ``prepare`` returned. Its result is kept until the clock has
+            stopped.
         prepare: untimed, before each timed call: the next buffers, a graph to run backward through.
     """
 
@@ -74,7 +80,7 @@ def alternate(
     between: Callable[[], object] | None = None,
     on_round: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Time every contestant once a round, the order reversed from round to round: A B, B A, A B, ...
+    """Time every contestant once a round, in an order reversed each round: A B, B A, A B, ...
 
     Args:
         contestants: what to time, by name.
@@ -123,14 +129,17 @@ class Scrubber:
         self._buffer = torch.zeros(size, dtype=torch.uint8, device=device)
 
     def scrub(self) -> None:
+        """Read and write the whole buffer."""
         self._buffer.add_(1)
 
 
 class Rotation:
-    """Hands out one set of buffers after another, so that none is still in a cache when its turn comes again."""
+    """Hands out sets of buffers in turn, enough for a set to leave the caches before its turn."""
 
-    def __init__(self, make: Callable[[], Any], *, set_bytes: int, total: int = SCRUB_BYTES) -> None:
-        """``make`` makes a set of ``set_bytes`` bytes; there are at least two, and ``total`` bytes, of them."""
+    def __init__(
+        self, make: Callable[[], Any], *, set_bytes: int, total: int = SCRUB_BYTES
+    ) -> None:
+        """Call ``make`` for sets of ``set_bytes`` bytes: at least two, and ``total`` bytes."""
         count = max(2, -(-total // max(1, set_bytes)))
         self._sets = [make() for _ in range(count)]
         self._next = 0
@@ -139,6 +148,7 @@ class Rotation:
         return len(self._sets)
 
     def __call__(self) -> Any:
+        """The next set."""
         chosen = self._sets[self._next]
         self._next = (self._next + 1) % len(self._sets)
         return chosen

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,6 +30,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(shape.hidden_size, shape.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(batch, length, hidden_size) -> the same shape."""
         batch, length, hidden = x.shape
         heads = self.qkv(x).view(batch, length, 3, self.num_heads, hidden // self.num_heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
@@ -47,15 +47,13 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(hidden)
         self.attention = Attention(shape)
         self.mlp_norm = nn.RMSNorm(hidden)
-        self.mlp = nn.Sequential(
-            nn.Linear(hidden, 4 * hidden, bias=False),
-            nn.GELU(),
-            nn.Linear(4 * hidden, hidden, bias=False),
-        )
+        self.widen = nn.Linear(hidden, 4 * hidden, bias=False)
+        self.narrow = nn.Linear(4 * hidden, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(batch, length, hidden_size) -> the same shape."""
         x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.narrow(F.gelu(self.widen(self.mlp_norm(x))))
 
 
 class ByteGPT(nn.Module):
@@ -71,11 +69,11 @@ class ByteGPT(nn.Module):
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
-        """Normal weights of deviation 0.02, smaller where a layer writes to the residual stream (as GPT-2)."""
+        """As GPT-2: deviation 0.02, smaller where a layer writes to the residual stream."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, Block):
-            for writer in (module.attention.out, module.mlp[2]):
+            for writer in (module.attention.out, module.narrow):
                 nn.init.normal_(writer.weight, std=0.02 / math.sqrt(2 * self.shape.layers))
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ HELD_OUT = 10
 
 
 def standard_library(limit: int = CORPUS_BYTES) -> bytes:
-    """The source of the running Python's standard library: top-level modules by name, cut at ``limit`` bytes."""
+    """The first ``limit`` bytes of the standard library's top-level modules, in order of name."""
     folder = Path(sysconfig.get_path("stdlib"))
     text = bytearray()
     for path in sorted(folder.glob("*.py")):
@@ -44,11 +44,13 @@ def corpus(file: Path | None, context: int) -> tuple[Tensor, Tensor]:
     held_out = len(text) // HELD_OUT
     if held_out < context + 2:
         least = HELD_OUT * (context + 2)
-        raise ValueError(f"--text {file}: {len(text)} bytes of text are too few, {least} are needed")
+        raise ValueError(
+            f"--text {file}: {len(text)} bytes of text are too few, {least} are needed"
+        )
     return text[:-held_out], text[-held_out:]
 
 
 def batch(text: Tensor, generator: torch.Generator, *, size: int, context: int) -> Tensor:
-    """``size`` random windows of ``context + 1`` bytes: int64 of shape (size, context + 1), on the CPU."""
+    """``size`` random windows: int64 bytes of shape (size, context + 1), on the CPU."""
     starts = torch.randint(len(text) - context, (size, 1), generator=generator)
     return text[starts + torch.arange(context + 1)].long()

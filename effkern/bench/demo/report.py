@@ -1,0 +1,204 @@
+"""What the demo shows at its end: a table, a picture, and the figures as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from effkern.bench import machine, tables
+from effkern.bench.demo.train import PHASES, Side, Training
+from effkern.bench.memory import peak_process_memory
+from effkern.bench.spread import Spread, paired_ratio
+
+#: The two trainings must end with losses this close, relative to the stock one.
+LOSS_TOLERANCE = 0.01
+
+#: Steps at the start that no time is taken from, where there are more than twice as many.
+WARM_UP = 3
+
+#: The training loss at the end is the mean over the last part of the steps: this share, and at
+#: least so many.
+TAIL_SHARE, TAIL_LEAST = 0.1, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The figures of the table.
+
+    Attributes:
+        times: seconds by phase and for the whole ``step``, stock and effkern.
+        speedups: stock's time over effkern's of the same step, by the same names.
+        training_loss: mean over the last steps, stock and effkern.
+        held_out_loss: on text that neither side trained on.
+        loss_difference: the larger of both losses' relative differences.
+    """
+
+    times: dict[str, tuple[Spread, Spread]]
+    speedups: dict[str, Spread]
+    training_loss: tuple[float, float]
+    held_out_loss: tuple[float, float]
+    loss_difference: float
+
+    @property
+    def losses_agree(self) -> bool:
+        """Whether the trainings ended alike; a loss that is not a number agrees with nothing."""
+        return self.loss_difference <= LOSS_TOLERANCE
+
+
+def summarise(training: Training) -> Summary:
+    """The figures that stand in the table."""
+    stock, ours = training.stock, training.effkern
+    skipped = WARM_UP if len(stock.losses) > 2 * WARM_UP else 0
+    times, speedups = {}, {}
+    for name in (*PHASES, "step"):
+        of_stock, of_ours = (_times(side, name)[skipped:] for side in (stock, ours))
+        times[name] = Spread.of(of_stock), Spread.of(of_ours)
+        speedups[name] = paired_ratio(of_stock, of_ours)
+    training_loss = _tail(stock.losses), _tail(ours.losses)
+    held_out_loss = stock.held_out, ours.held_out
+    differences = [abs(b - a) / abs(a) for a, b in (training_loss, held_out_loss)]
+    # max() would drop a NaN that does not come first.
+    difference = sum(differences) if any(d != d for d in differences) else max(differences)
+    return Summary(times, speedups, training_loss, held_out_loss, difference)
+
+
+def render(training: Training, summary: Summary) -> RenderableType:
+    """The table and what is needed to read it."""
+    stock, ours, settings = training.stock, training.effkern, training.settings
+    table = Table(title="One training step, side by side", title_justify="left", title_style="bold")
+    for column in ("", stock.name, ours.name, "effkern is faster by (quartiles)"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in ("step", *PHASES):
+        of_stock, of_ours = (tables.duration(spread.median) for spread in summary.times[name])
+        label = "whole step" if name == "step" else f"  {name}"
+        style = "bold" if name == "step" else ""
+        table.add_row(label, of_stock, of_ours, tables.ratio(summary.speedups[name]), style=style)
+    table.add_section()
+    table.add_row("peak memory of a step", *_megabytes(stock.peak_bytes, ours.peak_bytes))
+    table.add_row("  parameters and state", *_megabytes(stock.resident_bytes, ours.resident_bytes))
+    extra = [side.peak_bytes - side.resident_bytes for side in (stock, ours)]
+    table.add_row("  the rest, at the peak", *_megabytes(*extra))
+    table.add_section()
+    table.add_row("training loss at the end", *_losses(summary.training_loss))
+    table.add_row("held-out loss", *_losses(summary.held_out_loss))
+
+    steps = len(stock.losses)
+    stopped = "" if steps == settings.steps else f", stopped by --seconds {settings.seconds:g}"
+    lines = [
+        f"{training.parameters / 1e6:.1f} M parameters, {steps} steps of {settings.batch_size} x "
+        f"{settings.shape.context} bytes each{stopped}; losses in nats per byte; "
+        f"both sides together took {training.seconds:.0f} s.",
+        f"What changed: {training.swapped_norms} norms are effkern.nn.RMSNorm, "
+        "and the optimizer is effkern.FusedAdamW.",
+        f"Losses agree within {LOSS_TOLERANCE:.0%}: "
+        + (f"yes ({summary.loss_difference:.2%})" if summary.losses_agree else "NO"),
+    ]
+    process = peak_process_memory()
+    if process is not None:
+        lines.append(
+            "The process, which holds both sides and PyTorch itself, "
+            f"peaked at {process / 1e6:,.0f} MB."
+        )
+    lines.append(tables.machine_line(machine.describe(), settings.device))
+    return Group(table, *(Text(line) for line in lines))
+
+
+def as_data(training: Training, summary: Summary) -> dict[str, Any]:
+    """Everything as plain data for JSON."""
+    settings = dataclasses.asdict(training.settings)
+    settings["text"] = (
+        str(training.settings.text) if training.settings.text else "Python standard library"
+    )
+    return {
+        "benchmark": "demo",
+        "settings": settings,
+        "machine": machine.describe(),
+        "parameters": training.parameters,
+        "swapped_norms": training.swapped_norms,
+        "seconds": training.seconds,
+        "steps": len(training.stock.losses),
+        "peak_process_bytes": peak_process_memory(),
+        "summary": dataclasses.asdict(summary) | {"losses_agree": summary.losses_agree},
+        "sides": {
+            side.name: {
+                "losses": side.losses,
+                "times": side.times,
+                "held_out_loss": side.held_out,
+                "peak_bytes": side.peak_bytes,
+                "resident_bytes": side.resident_bytes,
+            }
+            for side in (training.stock, training.effkern)
+        },
+    }
+
+
+def draw(training: Training, summary: Summary, file: Path) -> None:
+    """Draw loss curves, the time of each step, and where a median step's time went, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, times, phases = figure.subplots(1, 3, width_ratios=(4, 4, 3))
+    sides = ((training.stock, "#d55e00", "-"), (training.effkern, "#0072b2", "--"))
+    for side, colour, line in sides:
+        steps = range(1, len(side.losses) + 1)
+        losses.plot(steps, side.losses, line, color=colour, label=side.name)
+        milliseconds = [seconds * 1e3 for seconds in side.step_times()]
+        times.plot(steps, milliseconds, ".", color=colour, markersize=4)
+        median = statistics.median(milliseconds)
+        times.axhline(
+            median, linestyle=line, color=colour, label=f"{side.name}, median {median:.0f} ms"
+        )
+    losses.set(title="Training loss", xlabel="step", ylabel="nats per byte")
+    times.set(title="Time of a step", xlabel="step", ylabel="ms")
+    times.set_ylim(0, 1.5 * max(spread.high for spread in summary.times["step"]) * 1e3)
+    _draw_phases(phases, training, summary)
+    for panel in (losses, times, phases):
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(fontsize=8)
+    speedup = summary.speedups["step"]
+    figure.suptitle(
+        f"{training.parameters / 1e6:.1f} M-parameter GPT on bytes, {training.settings.device}: "
+        f"effkern is faster by {tables.ratio(speedup)}"
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+
+
+def _draw_phases(panel: Any, training: Training, summary: Summary) -> None:
+    """Stacked bars: the median time of each phase on each side."""
+    bottoms = [0.0, 0.0]
+    names = [training.stock.name, training.effkern.name]
+    for phase, colour in zip(PHASES, ("#56b4e9", "#e69f00", "#009e73"), strict=True):
+        heights = [spread.median * 1e3 for spread in summary.times[phase]]
+        bars = panel.bar(names, heights, bottom=bottoms, color=colour, width=0.6, label=phase)
+        panel.bar_label(
+            bars, labels=[f"{height:.1f}" for height in heights], label_type="center", fontsize=8
+        )
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    panel.set(title="Where the time went", ylabel="ms", ylim=(0, 1.3 * max(bottoms)))
+
+
+def _times(side: Side, name: str) -> list[float]:
+    return side.step_times() if name == "step" else side.times[name]
+
+
+def _tail(losses: Sequence[float]) -> float:
+    return statistics.fmean(losses[-max(TAIL_LEAST, round(TAIL_SHARE * len(losses))) :])
+
+
+def _megabytes(stock: int, ours: int) -> tuple[str, str, str]:
+    return f"{stock / 1e6:,.0f} MB", f"{ours / 1e6:,.0f} MB", f"{(ours - stock) / 1e6:+,.0f} MB"
+
+
+def _losses(pair: tuple[float, float]) -> tuple[str, str, str]:
+    stock, ours = pair
+    return f"{stock:.4f}", f"{ours:.4f}", f"{(ours - stock) / stock:+.2%}"

@@ -1,0 +1,158 @@
+"""Who effkern is compared with: the strongest that a user could pick, where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effkern.bench.machine import is_importable
+
+#: Makes an AdamW over parameters and gives its step.
+MakeStep = Callable[[list[nn.Parameter]], Callable[[], object]]
+
+#: ``(x, weight, residual or None) -> (y,)`` or, with a residual, ``(y, x + residual)``.
+Norm = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
+
+#: What every contestant's optimizer is set to.
+ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+
+#: Of every contestant's norm.
+EPS = 1e-6
+
+
+@dataclass
+class Peers:
+    """Peers by name, and for each that is not there, why."""
+
+    found: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, make: Callable[[], Any], *, needs: str | None = None) -> None:
+        """Add what ``make`` gives; what is missing or fails is left out, with the reason."""
+        if needs is not None and not is_importable(needs):
+            self.left_out[name] = f"the package {needs} is not installed"
+            return
+        try:
+            self.found[name] = make()
+        except Exception as error:  # somebody else's package may fail in any way
+            self.leave_out(name, error)
+
+    def leave_out(self, name: str, error: Exception) -> None:
+        """Drop a peer that turned out not to work here."""
+        self.found.pop(name, None)
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        self.left_out[name] = f"{type(error).__name__}: {first_line}"
+
+
+def adamw_peers(device: torch.device, *, compiled: bool) -> Peers:
+    """AdamW of others, each a `MakeStep`."""
+    peers = Peers()
+    peers.found["torch fused"] = lambda p: torch.optim.AdamW(p, fused=True, **ADAMW).step
+    peers.found["torch foreach"] = lambda p: torch.optim.AdamW(p, foreach=True, **ADAMW).step
+    if compiled:
+        peers.found["torch.compile"] = _compiled_adamw
+    else:
+        peers.left_out["torch.compile"] = "not asked for: --compile"
+    if device.type == "cuda":
+        peers.add("Apex FusedAdam", _apex_adamw, needs="apex")
+        peers.add(
+            "DeepSpeed FusedAdam",
+            lambda: _deepspeed_adamw("FusedAdam", "adam_w_mode"),
+            needs="deepspeed",
+        )
+    else:
+        peers.add(
+            "DeepSpeed CPUAdam",
+            lambda: _deepspeed_adamw("DeepSpeedCPUAdam", "adamw_mode"),
+            needs="deepspeed",
+        )
+    return peers
+
+
+def _compiled_adamw(parameters: list[nn.Parameter]) -> Callable[[], object]:
+    return torch.compile(torch.optim.AdamW(parameters, foreach=True, **ADAMW).step)
+
+
+def _apex_adamw() -> MakeStep:
+    optimizers = import_module("apex.optimizers")
+    return lambda p: optimizers.FusedAdam(p, adam_w_mode=True, **ADAMW).step
+
+
+def _deepspeed_adamw(class_name: str, mode_argument: str) -> MakeStep:
+    optimizer = getattr(import_module("deepspeed.ops.adam"), class_name)
+    return lambda p: optimizer(p, **{mode_argument: True}, **ADAMW).step
+
+
+def norm_peers(device: torch.device, *, compiled: bool) -> Peers:
+    """Norms of others, each a `Norm`; layer_norm is torch's fastest, though another formula."""
+    peers = Peers()
+    peers.found["torch rms_norm"] = eager_rms_norm
+    if compiled:
+        peers.found["torch.compile"] = torch.compile(eager_rms_norm, dynamic=False, fullgraph=True)
+    else:
+        peers.left_out["torch.compile"] = "not asked for: --no-compile"
+    peers.found["torch layer_norm"] = eager_layer_norm
+    if device.type == "cuda":
+        peers.add("Liger", _liger_norm, needs="liger_kernel")
+        peers.add("Quack", _quack_norm, needs="quack")
+        peers.add("Apex", _apex_norm, needs="apex")
+    return peers
+
+
+def eager_rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
+    """Torch's RMSNorm, after an addition where there is a residual."""
+    if residual is None:
+        return (F.rms_norm(x, weight.shape, weight, EPS),)
+    total = x + residual
+    return F.rms_norm(total, weight.shape, weight, EPS), total
+
+
+def eager_layer_norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
+    """Torch's LayerNorm without bias: the same tensors in and out as RMSNorm."""
+    if residual is None:
+        return (F.layer_norm(x, weight.shape, weight, None, EPS),)
+    total = x + residual
+    return F.layer_norm(total, weight.shape, weight, None, EPS), total
+
+
+def _liger_norm() -> Norm:
+    liger = import_module("liger_kernel.transformers.functional")
+
+    def norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
+        # in_place would overwrite the gradients, which rotate among the contestants.
+        if residual is None:
+            return (liger.liger_rms_norm(x, weight, EPS, in_place=False),)
+        return liger.liger_fused_add_rms_norm(x, residual, weight, EPS, in_place=False)
+
+    return norm
+
+
+def _quack_norm() -> Norm:
+    rmsnorm = import_module("quack").rmsnorm
+
+    def norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
+        if residual is None:
+            return (rmsnorm(x, weight, eps=EPS),)
+        return rmsnorm(x, weight, residual=residual, eps=EPS, prenorm=True)
+
+    return norm
+
+
+def _apex_norm() -> Norm:
+    fused_rms_norm_affine = import_module(
+        "apex.normalization.fused_layer_norm"
+    ).fused_rms_norm_affine
+
+    def norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
+        if residual is None:
+            return (fused_rms_norm_affine(x, weight, weight.shape, EPS),)
+        total = x + residual
+        return fused_rms_norm_affine(total, weight, weight.shape, EPS), total
+
+    return norm

@@ -1,0 +1,152 @@
+"""``effkern bench``: microbenchmarks beside the strongest peers."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from effkern.cli.options import Device, Json, Seed, open_device, output_file
+
+if TYPE_CHECKING:
+    from effkern.bench.results import Result
+
+app = typer.Typer(help="Microbenchmarks beside the strongest peers.", no_args_is_help=True)
+
+
+class DType(str, enum.Enum):
+    """The dtypes that a benchmark runs in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+class TensorSet(str, enum.Enum):
+    """The sets of tensors of ``bench adam``."""
+
+    gpt2 = "gpt2"
+    small = "small"
+
+
+def _plot_file(file: Path | None) -> Path | None:
+    if file is not None and file.suffix not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"{file} does not end in .png, .svg or .pdf")
+    return output_file(file)
+
+
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot",
+        help="Draw the times here (.png, .svg, .pdf).",
+        callback=_plot_file,
+        dir_okay=False,
+    ),
+]
+Rounds = Annotated[int, typer.Option("--rounds", help="Timed rounds for each case.", min=1)]
+Dtype = Annotated[DType, typer.Option("--dtype", help="Of all tensors.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", help="CPU threads; by default as many as PyTorch takes.", min=1),
+]
+
+
+@app.command("adam")
+def adam(
+    device: Device = "cpu",
+    seed: Seed = 0,
+    json: Json = None,
+    plot: Plot = None,
+    tensors: Annotated[
+        list[TensorSet] | None,
+        typer.Option(
+            "--tensors", help="gpt2: GPT-2 small's 148; small: 2,500 small ones. By default both."
+        ),
+    ] = None,
+    dtype: Dtype = DType.float32,
+    rounds: Rounds = 20,
+    threads: Threads = None,
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile/--no-compile", help="torch.compile of torch's step too; takes minutes."
+        ),
+    ] = False,
+) -> None:
+    """One AdamW step over many tensors, beside torch, DeepSpeed and Apex."""
+    from effkern.bench import adam as bench
+
+    settings = bench.AdamSettings(
+        device=str(_prepare(device, threads)),
+        tensors=tuple(chosen.value for chosen in tensors or TensorSet),
+        dtype=dtype.value,
+        rounds=rounds,
+        compile=compile,
+        seed=seed,
+    )
+    _measure(bench.run, settings, json, plot)
+
+
+@app.command("rms_norm")
+def rms_norm(
+    device: Device = "cpu",
+    seed: Seed = 0,
+    json: Json = None,
+    plot: Plot = None,
+    rows: Annotated[int, typer.Option("--rows", help="Rows of every input.", min=1)] = 8192,
+    hidden_size: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--hidden-size",
+            help="Features of a row, by default 768; may be given several times.",
+            min=1,
+        ),
+    ] = None,
+    dtype: Dtype = DType.float32,
+    rounds: Rounds = 15,
+    threads: Threads = None,
+    compile: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="torch.compile of torch's rms_norm too.")
+    ] = True,
+) -> None:
+    """RMSNorm forward and backward, and what a call on a tiny input costs."""
+    from effkern.bench import rms_norm as bench
+
+    settings = bench.RmsNormSettings(
+        device=str(_prepare(device, threads)),
+        rows=rows,
+        hidden_sizes=tuple(hidden_size or (768,)),
+        dtype=dtype.value,
+        rounds=rounds,
+        compile=compile,
+        seed=seed,
+    )
+    _measure(bench.run, settings, json, plot)
+
+
+def _prepare(device: str, threads: int | None) -> object:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return open_device(device)
+
+
+def _measure(
+    run: Callable[..., Result], settings: object, json: Path | None, plot: Path | None
+) -> None:
+    from effkern.bench import plots, tables
+    from effkern.cli.console import console, progress
+
+    with progress() as report:
+        result = run(settings, report)
+    console().print(tables.render(result))
+    if json is not None:
+        result.write(json)
+    if plot is not None:
+        plots.draw(result, plot)
