@@ -109,7 +109,9 @@ def pip(python, venv, what, *arguments):
 
 def run(command, venv, what):
     """Run `command`, keep all it says in the log, show the lines that tell how far it is."""
-    telling = re.compile(r"\s*(Downloading .*MB|Installing collected|Building |\[\d+/\d+\] |effkern: )")
+    telling = re.compile(
+        r"\s*(Downloading .*MB|Installing collected|Building |\[\d+/\d+\] |effkern: )"
+    )
     log = Path(str(venv) + ".log")
     process = subprocess.Popen(
         command,
