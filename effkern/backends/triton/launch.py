@@ -1,0 +1,31 @@
+"""What every Triton op does before a launch."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+
+#: Fused multiply-add, as nvcc compiles the CUDA kernels; Triton's own default is about to change.
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
+
+
+def device_guard(tensor: torch.Tensor, op: str) -> contextlib.AbstractContextManager[object]:
+    """A context in which kernels are launched on ``tensor``'s device.
+
+    Raises:
+        RuntimeError: the kernels cannot read this tensor where it is.
+    """
+    interpreted = bool(triton.knobs.runtime.interpret)
+    if tensor.device.type == "cpu" and not interpreted:
+        raise RuntimeError(
+            f"{op}: the triton backend needs a CUDA tensor, or TRITON_INTERPRET=1 set before "
+            "Python starts; got a CPU tensor"
+        )
+    if tensor.device.type != "cpu" and interpreted:
+        raise RuntimeError(
+            f"{op}: under TRITON_INTERPRET=1 the triton backend needs a CPU tensor; got one on "
+            f"{tensor.device}"
+        )
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,66 @@
+"""Numbers inside kernels: how storage becomes arithmetic and comes back.
+
+Square roots and quotients of float32 are Triton's approximate ones, within 2 units in the last
+place: the exact ones would cost a slow path for each element and more registers than Adam may have.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# (the arguments of kernels have Triton's types, which mypy does not know)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+#: True where Triton's interpreter runs the kernels (TRITON_INTERPRET=1 before Python started).
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+TRITON_DTYPE = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@triton.jit
+def to_accumulator(x, ACC: tl.constexpr):
+    """The same numbers in the accumulation type."""
+    # The interpreter's own conversion of bfloat16 is wrong for subnormal numbers.
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        y = bits.to(tl.float32, bitcast=True).to(ACC)
+    else:
+        y = x.to(ACC)
+    return y
+
+
+@triton.jit
+def to_storage(x, DTYPE: tl.constexpr):
+    """The numbers of DTYPE nearest to x, ties to even."""
+    # The interpreter truncates to bfloat16; compiled code has an instruction that rounds.
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        y = tl.where(x != x, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(DTYPE)
+    return y
+
+
+@triton.jit
+def scalar(value, ACC: tl.constexpr):
+    """A number that came as a float64 argument, in the accumulation type."""
+    return tl.full((), value, ACC)
+
+
+@triton.jit
+def larger(a, b):
+    """The larger of two numbers; a NaN on either side wins, as in torch.maximum."""
+    return tl.where((b > a) | (b != b), b, a)
