@@ -50,7 +50,7 @@ def build(checkout, what):
 
 
 def test_archive_and_wheel_without_libraries(checkout):
-    pytest.importorskip("build")
+    pytest.importorskip("build.env")
     inside, wheel, files = build(checkout, "none")
     assert inside >= {"CMakeLists.txt", "LICENSE", "Makefile", "setup.py", "effkern/py.typed"}
     for folder in ("csrc/cpu/kernels", "csrc/cuda", "csrc/math", "csrc/torch", "tests", "scripts"):
@@ -65,7 +65,7 @@ def test_archive_and_wheel_without_libraries(checkout):
 
 @pytest.mark.slow
 def test_wheel_with_the_cpu_library(checkout):
-    pytest.importorskip("build")
+    pytest.importorskip("build.env")
     _, wheel, files = build(checkout, "cpu")
     assert "-py3-none-linux" in wheel
     assert "effkern/lib/libeffkern_cpu.so" in files
