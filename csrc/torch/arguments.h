@@ -113,6 +113,15 @@ inline Tensor absent(DType dtype, Device device) {
   return empty(&none, 1, dtype, device);
 }
 
+// Memory for a kernel's own use, freed with the tensor.
+inline Tensor empty_bytes(int64_t bytes, Device device) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      1, &bytes, &stride, aoti_torch_dtype_uint8(), device.type, device.index, &handle));
+  return Tensor(handle);
+}
+
 // A tensor as rows of contiguous features; `tensor` keeps the memory alive.
 struct Rows {
   Tensor tensor;

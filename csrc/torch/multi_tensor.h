@@ -102,16 +102,16 @@ inline bool put_grads(int64_t* table, const std::vector<Tensor>& grads) {
 
 // ---- step counters ----
 
-template <class Count>
-double increase_step(int64_t address) {
-  Count* const step = reinterpret_cast<Count*>(address);
-  *step += Count(1);
-  return static_cast<double>(*step);
+// t, the number of steps taken, of the tensor of one row.
+inline double step_of(const int64_t* row, bool is_double) {
+  return is_double ? *reinterpret_cast<const double*>(row[kStep])
+                   : *reinterpret_cast<const float*>(row[kStep]);
 }
 
-// Increases the counter of one row and returns its new value, t.
+// Adds one to it and returns the new value.
 inline double increase_step(const int64_t* row, bool is_double) {
-  return is_double ? increase_step<double>(row[kStep]) : increase_step<float>(row[kStep]);
+  if (is_double) return *reinterpret_cast<double*>(row[kStep]) += 1.0;
+  return *reinterpret_cast<float*>(row[kStep]) += 1.0f;
 }
 
 // ---- a table for one call, from lists ----
