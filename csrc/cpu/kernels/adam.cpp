@@ -1,7 +1,8 @@
 // Adam over a table of tensors: 16 bytes read and 12 written an element of float32, each once.
-#include "math/adam.h"
-
+// clang-format off: the vectors' square_root and larger must be declared before the formulas
 #include "cpu/kernels/isa.h"
+#include "math/adam.h"
+// clang-format on
 
 namespace effkern::cpu::EFFKERN_ISA {
 namespace {
