@@ -26,30 +26,28 @@ struct Chunk {
 };
 
 template <class T, bool kAmsgrad>
-__device__ Chunk<T> read_chunk(const int64_t* table, const int32_t* chunks, int64_t elapsed,
-                               const AdamOptions& options) {
-  const int32_t* const chunk_row = chunks + static_cast<int64_t>(blockIdx.x) * kChunkColumns;
+__device__ void read_chunk(Chunk<T>& chunk, const int64_t* table, const int32_t* chunks,
+                           int64_t elapsed, const AdamOptions& options) {
+  const int32_t* const chunk_row = chunks + block_index() * kChunkColumns;
   const int64_t* const row = table + load(chunk_row + kChunkTensor) * int64_t{kTableColumns};
+  const double t = static_cast<double>(load(row + kSteps) + elapsed);
+  chunk.scalars = adam_scalars<Acc<T>>(options, t);
+
   const int64_t start = load(chunk_row + kChunkIndex) * kChunk;
   const int64_t left = load(row + kNumel) - start;
-  const auto address = [&](TableColumn column) {
-    return load(row + column) + start * static_cast<int64_t>(sizeof(T));
-  };
-  const int64_t param = address(kParam), grad = address(kGrad);
-  const int64_t exp_avg = address(kState0), exp_avg_sq = address(kState1);
-  const int64_t max_exp_avg_sq = kAmsgrad ? address(kState2) : 0;
-  const bool aligned = (param | grad | exp_avg | exp_avg_sq | max_exp_avg_sq) % 16 == 0;
-
-  Chunk<T> chunk;
-  chunk.param = reinterpret_cast<T*>(param);
-  chunk.grad = reinterpret_cast<const T*>(grad);
-  chunk.exp_avg = reinterpret_cast<T*>(exp_avg);
-  chunk.exp_avg_sq = reinterpret_cast<T*>(exp_avg_sq);
-  chunk.max_exp_avg_sq = reinterpret_cast<T*>(max_exp_avg_sq);
   chunk.count = static_cast<int>(left < kChunk ? left : kChunk);
-  chunk.vectors = aligned ? chunk.count / kWidth<T> : 0;
-  chunk.scalars = adam_scalars<Acc<T>>(options, static_cast<double>(load(row + kSteps) + elapsed));
-  return chunk;
+  int64_t addresses = 0;
+  const auto address = [&](TableColumn column) {
+    const int64_t result = load(row + column) + start * static_cast<int64_t>(sizeof(T));
+    addresses |= result;
+    return reinterpret_cast<T*>(result);
+  };
+  chunk.param = address(kParam);
+  chunk.grad = address(kGrad);
+  chunk.exp_avg = address(kState0);
+  chunk.exp_avg_sq = address(kState1);
+  if constexpr (kAmsgrad) chunk.max_exp_avg_sq = address(kState2);
+  chunk.vectors = addresses % 16 == 0 ? chunk.count / kWidth<T> : 0;
 }
 
 // V elements from `offset` on.
@@ -85,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
   // One thread reads the table and takes the logarithms; the others wait for it, while other blocks
   // load.
   Chunk<T>* const shared = shared_memory<Chunk<T>>();
-  if (threadIdx.x == 0) *shared = read_chunk<T, kAmsgrad>(table, chunks, elapsed, options);
+  if (threadIdx.x == 0) read_chunk<T, kAmsgrad>(*shared, table, chunks, elapsed, options);
   __syncthreads();
   const Chunk<T> chunk = *shared;
   const int thread = static_cast<int>(threadIdx.x);
