@@ -1,8 +1,10 @@
 // Adam over a table of tensors: one block per chunk of kChunk elements.
 //
 // Bytes: each element's gradient, parameter and states are read once, parameter and states written
-// once; a block also reads its chunk row and 7 numbers of the table (8 with amsgrad). Occupancy: 4
-// blocks of 256 threads a multiprocessor, so at most 64 registers a thread; 3 blocks for float64.
+// once; a block also reads its chunk row and 6 numbers of the table (7 with amsgrad).
+//
+// Occupancy: 4 blocks of 256 threads a multiprocessor, so at most 64 registers a thread; one block
+// less with amsgrad, one less for float64.
 #include "cuda/adam.h"
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
@@ -12,8 +14,8 @@ namespace effkern::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-template <class T>
-constexpr int kBlocksPerMultiprocessor = sizeof(T) == 8 ? 3 : 4;
+template <class T, bool kAmsgrad>
+constexpr int kBlocksPerMultiprocessor = 4 - (sizeof(T) == 8) - kAmsgrad;
 
 // What the threads of a block share: where their chunk lies and the scalars of its tensor.
 template <class T>
@@ -78,7 +80,7 @@ __device__ __forceinline__ void update(const Chunk<T>& chunk, int offset) {
 }
 
 template <class T, bool kAmsgrad>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T, kAmsgrad>)
     adam_kernel(const int64_t* table, const int32_t* chunks, int64_t elapsed, AdamOptions options) {
   // One thread reads the table and takes the logarithms; the others wait for it, while other blocks
   // load.

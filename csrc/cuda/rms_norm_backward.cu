@@ -2,10 +2,13 @@
 //
 // Bytes: grad, x, grad_total and rstd are read once, grad_x written once. The weight is read for
 // each row, from cache. Rows of more than 8,192 features (4,096 in float64) do not fit in the
-// registers of a block: grad and x are read a second time. The weight's gradient adds, for each of
-// the at most kMostPartials shares, one write and one read of `features` numbers. Shares and the
-// order in which they are summed depend on the shape alone. Occupancy: 512 threads a multiprocessor
-// for held rows, so at most 128 registers a thread; 1,024 threads else.
+// registers of a block: grad, x and rstd are read a second time, and a number a row goes from the
+// first pass to the second. The weight's gradient adds a write and a read of `features` numbers for
+// each of at most kMostShares shares, which are then summed in their order. Shares depend on the
+// shape and on alignment alone.
+//
+// Occupancy: 512 threads a multiprocessor where rows are held, so at most 128 registers a thread;
+// 1,024 threads elsewhere, at most 64 registers.
 #include "cuda/memory.cuh"
 #include "cuda/rms_norm.cuh"
 #include "cuda/rms_norm.h"
@@ -245,7 +248,7 @@ struct Cut {
 };
 
 // Enough blocks to fill a large GPU several times, and at least four rows for each thread to sum.
-constexpr int64_t kMostPartials = 512, kMostLongPartials = 64, kFewestRows = 4;
+constexpr int64_t kMostShares = 512, kMostLongShares = 64, kFewestRows = 4;
 
 template <class T, int V>
 Cut cut(const RmsNormBackward& task) {
@@ -256,10 +259,10 @@ Cut cut(const RmsNormBackward& task) {
   if (result.held) {
     result.groups = row_groups(packs, kHeld<T, V>, 256);
     const int64_t sets = ceil_div(task.rows, result.groups.groups);
-    result.shares = wants_weight ? std::min(ceil_div(sets, kFewestRows), kMostPartials)
+    result.shares = wants_weight ? std::min(ceil_div(sets, kFewestRows), kMostShares)
                                  : std::min(sets, kMostBlocks);
   } else {
-    result.shares = std::min(ceil_div(task.rows, kFewestRows), kMostLongPartials);
+    result.shares = std::min(ceil_div(task.rows, kFewestRows), kMostLongShares);
   }
   return result;
 }

@@ -2,8 +2,9 @@
 //
 // Bytes: x and residual are read once, y, total and rstd written once. The weight is read for each
 // row, from cache. Rows of more than 16,384 features (8,192 in float64) do not fit in the registers
-// of a block: x, or the total just written, is read a second time. Occupancy: 1,024 threads a
-// multiprocessor, so at most 64 registers a thread.
+// of a block: x, or the total just written, is read a second time.
+//
+// Occupancy: 1,024 threads a multiprocessor, so at most 64 registers a thread.
 #include "cuda/memory.cuh"
 #include "cuda/rms_norm.cuh"
 #include "cuda/rms_norm.h"
