@@ -1,7 +1,7 @@
 """Fused kernels for PyTorch, and methods that make training and inference cheaper.
 
-    optimizer = effkern.FusedAdamW(model.parameters(), lr=3e-4)     # for torch.optim.AdamW
-    norm = effkern.nn.RMSNorm(768)                                  # for torch.nn.RMSNorm
+optimizer = effkern.FusedAdamW(model.parameters(), lr=3e-4)     # for torch.optim.AdamW
+norm = effkern.nn.RMSNorm(768)                                  # for torch.nn.RMSNorm
 """
 
 from effkern import nn

@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor> call_rms_norm_backward(const Tensor& grad,
   Tensor grad_x = wants_x ? empty(x.sizes().data(), x.dim(), dtype, device) : absent(dtype, device);
   Tensor grad_weight = wants_weight
                            ? empty(weight->sizes().data(), weight->dim(), p.weight_dtype, device)
-                           : absent(weight ? dtype_of(*weight, "weight") : dtype, device);
+                           : absent(dtype, device);
   p.grad_x = wants_x ? grad_x.mutable_data_ptr() : nullptr;
   p.grad_weight = wants_weight ? grad_weight.mutable_data_ptr() : nullptr;
   run(static_cast<const RmsNormBackward&>(p), device);

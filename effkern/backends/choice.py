@@ -58,23 +58,35 @@ def has_triton() -> bool:
 def backends() -> dict[str, BackendStatus]:
     """What each backend can do here: a `BackendStatus` by name, in the order reference, cpu, cuda, triton."""
     gpu = torch.cuda.is_available()
-    rebuild = "reinstall effkern with a C++ compiler on the machine; EFFKERN_BUILD=cpu says what fails"
-    cuda_reason, cuda_remedy = native.why_not("CUDA"), "reinstall effkern where nvcc (CUDA 12.4 or newer) is found"
+    rebuild = (
+        "reinstall effkern with a C++ compiler on the machine; EFFKERN_BUILD=cpu says what fails"
+    )
+    cuda_reason, cuda_remedy = (
+        native.why_not("CUDA"),
+        "reinstall effkern where nvcc (CUDA 12.4 or newer) is found",
+    )
     if torch.version.cuda is None:
         cuda_remedy = "install a CUDA build of PyTorch"
     if not cuda_reason and not gpu:
-        cuda_reason, cuda_remedy = "PyTorch sees no CUDA device", "run on a machine with an NVIDIA GPU and its driver"
+        cuda_reason, cuda_remedy = (
+            "PyTorch sees no CUDA device",
+            "run on a machine with an NVIDIA GPU and its driver",
+        )
     triton_reason = triton_remedy = ""
     if not has_triton():
         triton_reason, triton_remedy = "Triton is not installed", "install the triton package"
     elif not gpu and not triton_interprets():
         triton_reason = "PyTorch sees no GPU, and Triton's interpreter is off"
-        triton_remedy = "run on a machine with a GPU, or set TRITON_INTERPRET=1 to try the kernels on the CPU"
+        triton_remedy = (
+            "run on a machine with a GPU, or set TRITON_INTERPRET=1 to try the kernels on the CPU"
+        )
     every_device = ("cpu", "cuda") if gpu else ("cpu",)
     triton_devices = ("cuda",) if gpu else ("cpu",)
 
     def status(name: str, reason: str, remedy: str, devices: tuple[str, ...]) -> BackendStatus:
-        return BackendStatus(name, not reason, reason, remedy if reason else "", () if reason else devices, _OPS)
+        return BackendStatus(
+            name, not reason, reason, remedy if reason else "", () if reason else devices, _OPS
+        )
 
     return {
         "reference": status("reference", "", "", every_device),
@@ -84,7 +96,9 @@ def backends() -> dict[str, BackendStatus]:
     }
 
 
-_choice: ContextVar[str | None] = ContextVar("effkern_backend", default=os.environ.get("EFFKERN_BACKEND") or None)
+_choice: ContextVar[str | None] = ContextVar(
+    "effkern_backend", default=os.environ.get("EFFKERN_BACKEND") or None
+)
 
 # Dynamo reads (and guards on) a ContextVar from PyTorch 2.14 on. Before, a compiled function sees the choice through
 # this attribute, which the last `use_backend` of any thread has set.
@@ -149,7 +163,10 @@ class use_backend:  # noqa: N801 -- a context manager, named as torch.no_grad is
         _Mirror.choice = self._name
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         _choice.reset(self._tokens.pop())
         _Mirror.choice = _choice.get()
@@ -169,7 +186,9 @@ def check_available(name: str) -> BackendStatus | None:
         raise ValueError(f"unknown effkern backend {name!r}: choose one of {', '.join(known)}")
     status = known[name]
     if not status.available:
-        raise RuntimeError(f"effkern backend {name!r} cannot run here: {status.reason}; {status.remedy}")
+        raise RuntimeError(
+            f"effkern backend {name!r} cannot run here: {status.reason}; {status.remedy}"
+        )
     return status
 
 

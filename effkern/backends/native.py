@@ -61,7 +61,13 @@ def load() -> None:
         _cpu.effkern_set_cpu_isa.argtypes = [ctypes.c_char_p]
         _cpu.effkern_set_cpu_isa.restype = ctypes.c_bool
         addresses = ctypes.POINTER(ctypes.c_void_p)
-        _cpu.effkern_cpu_bandwidth.argtypes = [addresses, ctypes.c_int64, addresses, ctypes.c_int64, ctypes.c_int64]
+        _cpu.effkern_cpu_bandwidth.argtypes = [
+            addresses,
+            ctypes.c_int64,
+            addresses,
+            ctypes.c_int64,
+            ctypes.c_int64,
+        ]
         _cpu.effkern_cpu_bandwidth.restype = None
 
 
@@ -92,7 +98,9 @@ def stream_limit(reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) 
         raise RuntimeError(f"the CPU library is not loaded: {why_not('CPU')}")
     tensors = [*reads, *writes]
     if not 1 <= len(reads) <= 8 or len(writes) > 8:
-        raise ValueError(f"stream_limit takes 1 to 8 reads and up to 8 writes, got {len(reads)} and {len(writes)}")
+        raise ValueError(
+            f"stream_limit takes 1 to 8 reads and up to 8 writes, got {len(reads)} and {len(writes)}"
+        )
     for tensor in tensors:
         if (
             tensor.dtype != torch.float32
@@ -105,4 +113,6 @@ def stream_limit(reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) 
     def addresses(of: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
         return (ctypes.c_void_p * len(of))(*(tensor.data_ptr() for tensor in of))
 
-    _cpu.effkern_cpu_bandwidth(addresses(reads), len(reads), addresses(writes), len(writes), tensors[0].numel())
+    _cpu.effkern_cpu_bandwidth(
+        addresses(reads), len(reads), addresses(writes), len(writes), tensors[0].numel()
+    )

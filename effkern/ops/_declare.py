@@ -19,6 +19,9 @@ Implementation = Callable[..., Any]
 
 library = torch.library.Library("effkern", "DEF")
 
+#: What the kernels take.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 #: Everything `declare` declared: name -> (signature, fake, implementations by backend).
 declared: dict[str, tuple[str, Implementation, dict[str, Implementation]]] = {}
 
@@ -54,6 +57,13 @@ def declare(
         define(f"{name}.{backend}", signature, fake)
         library.impl(f"{name}.{backend}", implementation, "CompositeExplicitAutograd")
     declared[name] = (signature, fake, implementations)
+
+
+def declare_public(schema: str, function: Implementation) -> None:
+    """Declare a public op that decomposes into ``function``, which is differentiable as it is."""
+    name = schema.split("(")[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, function, "CompositeImplicitAutograd")
 
 
 def fill_gaps() -> None:

@@ -1,22 +1,23 @@
-"""RMSNorm: its kernel ops, its gradient, and the public ops ``effkern::rms_norm`` and ``effkern::add_rms_norm``.
+"""RMSNorm: the function, its gradient, its kernel ops and its public ops.
 
-A call from `effkern.nn.functional` goes through `RmsNormFunction` to the kernel op. The public ops serve callers of
-``torch.ops``, torch.func and torch.export; both call the same `backward`.
+A call goes from `rms_norm` through `RmsNormFunction` to the kernel op; the public ops
+``torch.ops.effkern.rms_norm`` and ``add_rms_norm`` decompose into that call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cache
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from effkern.backends.reference import rms_norm as reference
-from effkern.backends.reference._dtypes import accumulation_dtype
-from effkern.ops._declare import Family, declare, library
+from effkern.backends.reference.dtypes import accumulation_dtype
+from effkern.ops._declare import DTYPES, Family, declare, declare_public
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# ---- the kernel ops ----
 
 
 def _forward_fake(
@@ -46,78 +47,165 @@ def _backward_fake(
 
 declare(
     "_rms_norm_forward",
-    "(Tensor x, Tensor? residual, Tensor? weight, int dims, float eps) -> (Tensor y, Tensor total, Tensor rstd)",
+    "(Tensor x, Tensor? residual, Tensor? weight, int dims, float eps)"
+    " -> (Tensor y, Tensor total, Tensor rstd)",
     fake=_forward_fake,
     reference=reference.rms_norm_forward,
     triton="effkern.backends.triton.rms_norm:rms_norm_forward",
 )
 declare(
     "_rms_norm_backward",
-    "(Tensor grad, Tensor? grad_total, Tensor x, Tensor? weight, Tensor rstd, int dims, bool wants_x,"
-    " bool wants_weight) -> (Tensor grad_x, Tensor grad_weight)",
+    "(Tensor grad, Tensor? grad_total, Tensor x, Tensor? weight, Tensor rstd, int dims,"
+    " bool wants_x, bool wants_weight) -> (Tensor grad_x, Tensor grad_weight)",
     fake=_backward_fake,
     reference=reference.rms_norm_backward,
     triton="effkern.backends.triton.rms_norm:rms_norm_backward",
 )
 kernels = Family("_rms_norm_forward", "_rms_norm_backward")
 
+# ---- the function ----
 
-def check(
-    name: str, x: Tensor, residual: Tensor | None, normalized_shape: Sequence[int], weight: Tensor | None
-) -> None:
-    """Refuse arguments that the kernels do not take.
+
+@overload
+def rms_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = ...,
+    eps: float | None = ...,
+    *,
+    residual: None = ...,
+) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = ...,
+    eps: float | None = ...,
+    *,
+    residual: Tensor,
+) -> tuple[Tensor, Tensor]: ...
+def rms_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMSNorm over the last dimensions: ``x / sqrt(mean(x^2) + eps) * weight``.
+
+    The formula is equation 4 of Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
+
+    Args:
+        x: shape ``(*, *normalized_shape)``; float32, float64, bfloat16 or float16. Leading
+            dimensions may be strided.
+        normalized_shape: the dimensions that are normalised together.
+        weight: shape ``normalized_shape``, any of the four dtypes, or None.
+        eps: added to the mean square; None stands for the machine epsilon of the accumulation
+            dtype (float64's for float64, else float32's), as in `torch.nn.functional.rms_norm`.
+        residual: like x. With it the sum ``x + residual`` is normalised, in the same pass, and
+            returned too; the statistics are those of the sum as rounded to x's dtype.
+
+    Returns:
+        y, contiguous, of x's shape and dtype; with a residual the pair ``(y, x + residual)``.
+        Under CUDA autocast computed in float32, as PyTorch does.
 
     Raises:
         TypeError: if an argument that must be a tensor is none.
-        RuntimeError: for everything else, as PyTorch does; the message names the argument.
+        RuntimeError: if a dtype, shape, device or layout does not fit; the message names the
+            argument.
     """
+    _check(x, residual, normalized_shape, weight)
+    if x.is_cuda and torch.is_autocast_enabled("cuda") and _autocast_to_float32():
+        x, weight = x.float(), None if weight is None else weight.float()
+        residual = None if residual is None else residual.float()
+    dims = len(normalized_shape)
+    if eps is None:
+        eps = torch.finfo(accumulation_dtype(x.dtype)).eps
+    if torch._C._are_functorch_transforms_active():
+        # torch.func differentiates and maps the plain formula, to any order and in forward mode.
+        y, total, _ = reference.rms_norm_forward(x, residual, weight, dims, eps)
+    elif torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        return RmsNormFunction.apply(x, residual, weight, dims, eps)
+    else:
+        y, total, _ = kernels(x)[0](x, residual, weight, dims, eps)
+    return y if residual is None else (y, total)
+
+
+def _check(
+    x: Tensor, residual: Tensor | None, normalized_shape: Sequence[int], weight: Tensor | None
+) -> None:
     dims = len(normalized_shape)
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}")
+        raise TypeError(f"rms_norm: x must be a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
-        raise RuntimeError(f"{name}: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+        raise RuntimeError(
+            f"rms_norm: x must be float32, float64, bfloat16 or float16, got {x.dtype}"
+        )
     if dims == 0:
-        raise RuntimeError(f"{name}: normalized_shape must name at least one dimension, got ()")
+        raise RuntimeError("rms_norm: normalized_shape must name at least one dimension, got ()")
     if x.shape[-dims:] != tuple(normalized_shape):
         raise RuntimeError(
-            f"{name}: x must end in the dimensions normalized_shape={tuple(normalized_shape)}, "
+            f"rms_norm: x must end in normalized_shape={tuple(normalized_shape)}, "
             f"got shape {tuple(x.shape)}"
         )
     if x.layout != torch.strided:
-        raise RuntimeError(f"{name}: x must be a dense tensor, got layout {x.layout}")
+        raise RuntimeError(f"rms_norm: x must be a dense tensor, got layout {x.layout}")
     if weight is not None:
-        _check_companion(name, "weight", weight, x, tuple(normalized_shape))
+        _check_companion("weight", weight, x, tuple(normalized_shape))
         if weight.dtype not in DTYPES:
-            raise RuntimeError(f"{name}: weight must be float32, float64, bfloat16 or float16, got {weight.dtype}")
+            raise RuntimeError(
+                f"rms_norm: weight must be float32, float64, bfloat16 or float16, "
+                f"got {weight.dtype}"
+            )
     if residual is not None:
-        _check_companion(name, "residual", residual, x, tuple(x.shape))
+        _check_companion("residual", residual, x, x.shape)
         if residual.dtype != x.dtype:
-            raise RuntimeError(f"{name}: residual must have x's dtype {x.dtype}, got {residual.dtype}")
+            raise RuntimeError(
+                f"rms_norm: residual must have x's dtype {x.dtype}, got {residual.dtype}"
+            )
 
 
-def _check_companion(name: str, argument: str, value: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+def _check_companion(argument: str, value: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: {argument} must be a tensor or None, got {type(value).__name__}")
+        raise TypeError(
+            f"rms_norm: {argument} must be a tensor or None, got {type(value).__name__}"
+        )
     if value.shape != shape:
-        raise RuntimeError(f"{name}: {argument} must have shape {shape}, got {tuple(value.shape)}")
+        raise RuntimeError(
+            f"rms_norm: {argument} must have shape {tuple(shape)}, got {tuple(value.shape)}"
+        )
     if value.device != x.device:
-        raise RuntimeError(f"{name}: {argument} must be on x's device {x.device}, got {value.device}")
+        raise RuntimeError(
+            f"rms_norm: {argument} must be on x's device {x.device}, got {value.device}"
+        )
     if value.layout != torch.strided:
-        raise RuntimeError(f"{name}: {argument} must be a dense tensor, got layout {value.layout}")
+        raise RuntimeError(
+            f"rms_norm: {argument} must be a dense tensor, got layout {value.layout}"
+        )
 
 
-def default_eps(dtype: torch.dtype) -> float:
-    """The eps that stands for None: that of the accumulation dtype, as in torch.nn.functional.rms_norm."""
-    return torch.finfo(accumulation_dtype(dtype)).eps
+@cache
+def _autocast_to_float32() -> bool:
+    """Whether this PyTorch lists rms_norm among the ops that CUDA autocast computes in float32."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "AutocastCUDA")
+
+
+# ---- the gradient ----
 
 
 class RmsNormFunction(torch.autograd.Function):
     """RMSNorm for autograd: y, or (y, total) where there is a residual."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, dims: int, eps: float
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """See `reference.rms_norm_forward`."""
         forward_kernel, ctx.kernel = kernels(x)
         y, total, rstd = forward_kernel(x, residual, weight, dims, eps)
         ctx.set_materialize_grads(False)
@@ -129,68 +217,38 @@ class RmsNormFunction(torch.autograd.Function):
         return y, total
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad: Tensor | None, grad_total: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
+        """See `reference.rms_norm_backward`; ``grad`` is None where only the sum was used.
+
+        A gradient that will itself be differentiated is computed by the reference formula, which
+        autograd follows, with rstd as a function of x.
+        """
         x, weight, rstd = ctx.saved_tensors
-        needs_x, needs_residual, needs_weight = ctx.needs_input_grad[:3]
-        grad_x, grad_weight = backward(
-            ctx.kernel, grad, grad_total, x, weight, rstd, ctx.dims, ctx.eps, needs_x or needs_residual, needs_weight
+        needs_x, needs_residual, needs_weight, _, _ = ctx.needs_input_grad
+        wants_x = needs_x or needs_residual
+        if grad is None:
+            grad_x, grad_weight = grad_total, None
+        elif torch.is_grad_enabled():
+            rstd = reference.rstd(x, ctx.dims, ctx.eps)
+            grad_x, grad_weight = reference.rms_norm_backward(
+                grad, grad_total, x, weight, rstd, ctx.dims, wants_x, needs_weight
+            )
+        else:
+            grad_x, grad_weight = ctx.kernel(
+                grad, grad_total, x, weight, rstd, ctx.dims, wants_x, needs_weight
+            )
+        return (
+            grad_x if needs_x else None,
+            grad_x if needs_residual else None,
+            grad_weight if needs_weight else None,
+            None,
+            None,
         )
-        return grad_x if needs_x else None, grad_x if needs_residual else None, grad_weight, None, None
-
-
-def backward(
-    kernel: torch._ops.OpOverload,
-    grad: Tensor | None,
-    grad_total: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    rstd: Tensor | None,
-    dims: int,
-    eps: float,
-    wants_x: bool,
-    wants_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x and weight, None where not wanted; see `reference.rms_norm_backward`.
-
-    ``grad`` is None when only ``total`` was used. Where the result will itself be differentiated, it is computed by
-    the reference formulas, which autograd can follow; ``rstd`` is recomputed from x there, and wherever it is None.
-    """
-    if grad is None:
-        return (grad_total if wants_x else None), None
-    if torch.is_grad_enabled() or rstd is None:
-        wide = x.to(accumulation_dtype(x.dtype))
-        rstd = torch.rsqrt(wide.square().mean(list(range(-dims, 0))) + eps)
-    if torch.is_grad_enabled():
-        grad_x, grad_weight = reference.rms_norm_backward(
-            grad, grad_total, x, weight, rstd, dims, wants_x, wants_weight
-        )
-    else:
-        grad_x, grad_weight = kernel(grad, grad_total, x, weight, rstd, dims, wants_x, wants_weight)
-    return (grad_x if wants_x else None), (grad_weight if wants_weight else None)
 
 
 # ---- the public ops ----
-
-library.define(
-    "rms_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-library.define(
-    "add_rms_norm(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None)"
-    " -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-def _rms_norm(
-    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
-) -> Tensor:
-    check("rms_norm", x, None, normalized_shape, weight)
-    eps = default_eps(x.dtype) if eps is None else eps
-    y: Tensor = kernels(x)[0](x, None, weight, len(normalized_shape), eps)[0]
-    return y
 
 
 def _add_rms_norm(
@@ -200,115 +258,15 @@ def _add_rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check("add_rms_norm", x, residual, normalized_shape, weight)
-    eps = default_eps(x.dtype) if eps is None else eps
-    y, total, _ = kernels(x)[0](x, residual, weight, len(normalized_shape), eps)
-    return y, total
+    return rms_norm(x, normalized_shape, weight, eps, residual=residual)
 
 
-def _save_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, normalized_shape, weight, eps = inputs
-    ctx.save_for_backward(x, weight)
-    ctx.dims, ctx.eps = len(normalized_shape), default_eps(x.dtype) if eps is None else eps
-
-
-def _save_add_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, _, normalized_shape, weight, eps = inputs
-    ctx.save_for_backward(output[1], weight)
-    ctx.dims, ctx.eps = len(normalized_shape), default_eps(x.dtype) if eps is None else eps
-
-
-def _rms_norm_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    needs_x, _, needs_weight, _ = ctx.needs_input_grad
-    grad_x, grad_weight = backward(
-        kernels(x)[1], grad, None, x, weight, None, ctx.dims, ctx.eps, needs_x, needs_weight
-    )
-    return grad_x, None, grad_weight, None
-
-
-def _add_rms_norm_gradients(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-    total, weight = ctx.saved_tensors
-    needs_x, needs_residual, _, needs_weight, _ = ctx.needs_input_grad
-    grad_x, grad_weight = backward(
-        kernels(total)[1],
-        grad,
-        grad_total,
-        total,
-        weight,
-        None,
-        ctx.dims,
-        ctx.eps,
-        needs_x or needs_residual,
-        needs_weight,
-    )
-    return grad_x if needs_x else None, grad_x if needs_residual else None, None, grad_weight, None
-
-
-def _batch_first(value: Tensor, dim: int | None, size: int) -> Tensor:
-    return value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
-
-
-def _rms_norm_vmap(
-    info: Any,
-    in_dims: tuple[Any, ...],
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> tuple[Tensor, int]:
-    x = _batch_first(x, in_dims[0], info.batch_size)
-    if weight is None or in_dims[2] is None:
-        return torch.ops.effkern.rms_norm(x, normalized_shape, weight, eps), 0
-    y = torch.ops.effkern.rms_norm(x, normalized_shape, None, eps)
-    return (y * _aligned(weight, in_dims[2], x, len(normalized_shape))).to(x.dtype), 0
-
-
-def _add_rms_norm_vmap(
-    info: Any,
-    in_dims: tuple[Any, ...],
-    x: Tensor,
-    residual: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    x = _batch_first(x, in_dims[0], info.batch_size)
-    residual = _batch_first(residual, in_dims[1], info.batch_size)
-    total = x + residual
-    weight_dim = None if weight is None else in_dims[3]
-    y, _ = _rms_norm_vmap(info, (0, None, weight_dim, None), total, normalized_shape, weight, eps)
-    return (y, total), (0, 0)
-
-
-def _aligned(weight: Tensor, dim: int, x: Tensor, dims: int) -> Tensor:
-    """A batch of weights, shaped to multiply a batch of inputs."""
-    weight = weight.movedim(dim, 0)
-    between = (1,) * (x.dim() - 1 - dims)
-    return weight.reshape(weight.shape[0], *between, *weight.shape[1:])
-
-
-for _name, _implementation, _setup, _gradients, _vmap in (
-    ("rms_norm", _rms_norm, _save_rms_norm, _rms_norm_gradients, _rms_norm_vmap),
-    ("add_rms_norm", _add_rms_norm, _save_add_rms_norm, _add_rms_norm_gradients, _add_rms_norm_vmap),
-):
-    library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_autograd(f"effkern::{_name}", _gradients, setup_context=_setup, lib=library)
-    torch.library.register_vmap(f"effkern::{_name}", _vmap, lib=library)
-
-
-@torch.library.register_fake("effkern::rms_norm", lib=library)
-def _(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake("effkern::add_rms_norm", lib=library)
-def _(
-    x: Tensor,
-    residual: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape)
-
+declare_public(
+    "rms_norm(Tensor x, int[] normalized_shape, Tensor? weight=None, float? eps=None) -> Tensor",
+    rms_norm,
+)
+declare_public(
+    "add_rms_norm(Tensor x, Tensor residual, int[] normalized_shape, Tensor? weight=None,"
+    " float? eps=None) -> (Tensor, Tensor)",
+    _add_rms_norm,
+)

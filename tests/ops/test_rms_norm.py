@@ -112,7 +112,8 @@ def test_values_and_gradients(
 
 
 @pytest.mark.parametrize(
-    "features", [1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1000, 1024]
+    "features",
+    [1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1000, 1024],
 )
 def test_every_remainder(backend: Backend, features: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
@@ -189,7 +190,11 @@ def test_layouts(backend: Backend, layout: str) -> None:
 def test_expanded_gradient(backend: Backend) -> None:
     """`y.sum().backward()` hands down a gradient of stride zero."""
     x = torch.randn(6, 48, device=backend.device)
-    check(x, torch.rand(48, device=backend.device), grad=torch.ones(1, device=backend.device).expand(6, 48))
+    check(
+        x,
+        torch.rand(48, device=backend.device),
+        grad=torch.ones(1, device=backend.device).expand(6, 48),
+    )
 
 
 @pytest.mark.parametrize("wanted", ["x", "residual", "weight"])
@@ -200,9 +205,7 @@ def test_one_gradient_alone(backend: Backend, wanted: str) -> None:
         "weight": torch.rand(33, device=backend.device),
     }
     tensors[wanted].requires_grad_()
-    y, total = rms_norm(
-        tensors["x"], (33,), tensors["weight"], 1e-5, residual=tensors["residual"]
-    )
+    y, total = rms_norm(tensors["x"], (33,), tensors["weight"], 1e-5, residual=tensors["residual"])
     (y.square().sum() + (total.sum() if wanted != "weight" else 0)).backward()
     mine = tensors[wanted].grad
     tensors[wanted].grad = None

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from effkern.backends.reference._dtypes import accumulation_dtype
+from effkern.backends.reference.dtypes import accumulation_dtype
 
 
 def adam_(

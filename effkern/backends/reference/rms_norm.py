@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effkern.backends.reference._dtypes import accumulation_dtype
+from effkern.backends.reference.dtypes import accumulation_dtype
 
 
 def _last(dims: int) -> list[int]:
     return list(range(-dims, 0))
+
+
+def rstd(x: Tensor, dims: int, eps: float) -> Tensor:
+    """``1 / sqrt(mean(x^2) + eps)`` over the last ``dims`` dimensions, in the accumulation dtype."""
+    return torch.rsqrt(x.to(accumulation_dtype(x.dtype)).square().mean(_last(dims)) + eps)
 
 
 def rms_norm_forward(
@@ -30,17 +35,11 @@ def rms_norm_forward(
     """
     acc = accumulation_dtype(x.dtype)
     total = x if residual is None else (x + residual).contiguous()
-    wide = total.to(acc)
-    rstd = torch.rsqrt(wide.square().mean(_last(dims), keepdim=True) + eps)
-    y = wide * rstd
+    r = rstd(total, dims, eps)
+    y = total.to(acc) * r.reshape(r.shape + (1,) * dims)
     if weight is not None:
         y = y * weight.to(acc)
-    rows = x.shape[: x.dim() - dims]
-    return (
-        y.to(x.dtype).contiguous(),
-        x.new_empty(0) if residual is None else total,
-        rstd.reshape(rows),
-    )
+    return y.to(x.dtype).contiguous(), x.new_empty(0) if residual is None else total, r
 
 
 def rms_norm_backward(

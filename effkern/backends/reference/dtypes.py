@@ -1,3 +1,5 @@
+"""Which dtype a storage dtype is computed in."""
+
 import torch
 
 
