@@ -3,9 +3,6 @@
 The formula is that of csrc/math/adam.h.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-# (the arguments of kernels have Triton's types, which mypy does not know)
-
 from __future__ import annotations
 
 import math

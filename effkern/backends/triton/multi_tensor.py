@@ -8,9 +8,6 @@ of blocks in the accumulation type; it gives back as they came the states that i
 table and the list of chunks are those of csrc/common/multi_tensor.h.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-# (the arguments of kernels have Triton's types, which mypy does not know)
-
 from __future__ import annotations
 
 import ctypes
@@ -139,8 +136,9 @@ def update_chunk(
     for start in range(begin, whole_end, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         update_block(addresses, offsets, end, rule, scalars, STATES, DTYPE, ACC, True)
-    for start in range(whole_end, end, BLOCK):
-        offsets = start + tl.arange(0, BLOCK)
+    # Masked accesses are single elements, of which a whole block would need many registers.
+    for start in range(whole_end, end, BLOCK // 2):
+        offsets = start + tl.arange(0, BLOCK // 2)
         update_block(addresses, offsets, end, rule, scalars, STATES, DTYPE, ACC, False)
 
 

@@ -4,9 +4,6 @@ Square roots and quotients of float32 are Triton's approximate ones, within 2 un
 place: the exact ones would cost a slow path for each element and more registers than Adam may have.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-# (the arguments of kernels have Triton's types, which mypy does not know)
-
 from __future__ import annotations
 
 import torch

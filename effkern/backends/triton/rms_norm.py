@@ -5,9 +5,6 @@ fixed order over a partition of the rows that depends on the shape alone, so tha
 for bit.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-# (the arguments of kernels have Triton's types, which mypy does not know)
-
 from __future__ import annotations
 
 import math
@@ -53,16 +50,19 @@ class Tile(NamedTuple):
     columns: int
 
 
-def tile_for(rows: int, features: int, acc: torch.dtype, row_bytes: int) -> Tile:
-    """The tile for rows of this length; several columns where one is longer than ``row_bytes``."""
+def tile_for(features: int, acc: torch.dtype, row_bytes: int) -> Tile:
+    """The tile for rows of this length; several columns where one is longer than ``row_bytes``.
+
+    The number of rows has no part in it: a row's result must not depend on how many there are.
+    """
     longest = row_bytes // acc.itemsize
     if features > longest:
-        # Half of what fits: room for two programs at a time costs a looping kernel nothing.
-        block, tile_rows = longest // 2, 1
+        # A loop need not hold all that fits: few registers a thread let programs share a processor.
+        tile_rows, block, thread_bytes = 1, longest // 4, 32
     else:
         block = triton.next_power_of_2(features)
-        tile_rows = min(max(TILE // block, 1), triton.next_power_of_2(rows))
-    warps = min(max(tile_rows * block * acc.itemsize // (32 * 64), 1), 32)
+        tile_rows, thread_bytes = max(TILE // block, 1), 64
+    warps = max(tile_rows * block * acc.itemsize // (32 * thread_bytes), 1)
     return Tile(tile_rows, block, warps, triton.cdiv(features, block))
 
 
@@ -303,7 +303,7 @@ def rms_norm_forward(
         x, x_rows = as_rows(x, dims)
         residual, residual_rows = optional_rows(residual, dims)
         weight = None if weight is None else weight.contiguous()
-        tile = tile_for(rows, features, acc, FORWARD_ROW_BYTES)
+        tile = tile_for(features, acc, FORWARD_ROW_BYTES)
         arguments = (x, residual, weight, y, total, rstd, x_rows, residual_rows)
         options = {
             "ACC": TRITON_DTYPE[acc],
@@ -349,7 +349,7 @@ def rms_norm_backward(
         x, x_rows = as_rows(x, dims)
         rstd = rstd.contiguous()
         weight = None if weight is None else weight.contiguous()
-        tile = tile_for(rows, features, acc, BACKWARD_ROW_BYTES)
+        tile = tile_for(features, acc, BACKWARD_ROW_BYTES)
         options = {
             "ACC": TRITON_DTYPE[acc],
             "BLOCK": tile.block,

@@ -3,13 +3,11 @@
 As in csrc/common/rows.h.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-# (the arguments of kernels have Triton's types, which mypy does not know)
-
 from __future__ import annotations
 
 import torch
 import triton
+import triton.language as tl
 
 #: size1, size2, stride0, stride1, stride2: extents of the middle and the innermost of three leading
 #: dimensions and the strides of all three, in elements.
@@ -52,7 +50,9 @@ def row_layout(x: torch.Tensor, dims: int) -> RowLayout | None:
             leading.append((size, stride))
     if len(leading) > 3:
         return None
-    # Missing dimensions go inside, with extent 1: one dimension then needs row * stride0 alone.
+    # Missing dimensions go inside, with extent 1: one dimension then needs row * stride0 alone. A
+    # single row passes for one of many, so that it is compiled and summed as they are.
+    leading = leading or [(1, features)]
     (_, stride0), (size1, stride1), (size2, stride2) = leading + [(1, 0)] * (3 - len(leading))
     return size1, size2, stride0, stride1, stride2
 
@@ -61,6 +61,7 @@ def row_layout(x: torch.Tensor, dims: int) -> RowLayout | None:
 def row_offset(row, layout):
     """Elements from the first row to ``row`` (int64)."""
     size1, size2, stride0, stride1, stride2 = layout
+    row = row.to(tl.int64)
     # An extent of 1 is a compile-time constant in compiled code, and so is this branch.
     if size1 == 1 and size2 == 1:
         offset = row * stride0

@@ -1,0 +1,182 @@
+"""What Triton's compiler makes of each kernel, for GPUs that need not be there.
+
+The ops are called with tensors that have no memory; their launches are recorded instead of run, and
+each is compiled as it would have been. Not to be had under TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from effkern.backends.triton.adam import adam_
+from effkern.backends.triton.numerics import TRITON_DTYPE
+from effkern.backends.triton.rms_norm import rms_norm_backward, rms_norm_forward
+
+ARCHITECTURES = (80, 90, 100)
+
+_ROWS = 4096
+
+
+class Launch(NamedTuple):
+    """One launch as an op asked for it: the kernel's positional arguments, and its options."""
+
+    kernel: JITFunction
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def rows(architectures: Sequence[int] = ARCHITECTURES) -> Iterator[dict[str, Any]]:
+    """The resources of every kernel of the main paths on every architecture.
+
+    Yields:
+        kernel, arch, registers (a thread's), spill_bytes, local_bytes (a thread's), shared_bytes (a
+        program's), vector_loads and vector_stores (whether there are any of 16 bytes).
+    """
+    compiled = set()
+    for name, call in main_paths():
+        for launch in record(call):
+            source = _source(launch).hash()
+            if source in compiled:
+                continue  # another length of row, but the same kernel
+            compiled.add(source)
+            kernel = f"triton {launch.kernel.__name__.removesuffix('_kernel')} {name}"
+            for arch in architectures:
+                yield {"kernel": kernel, "arch": arch, **resources(launch, arch)}
+
+
+def main_paths() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Calls that between them launch every kernel, each with what sets it apart."""
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        yield name, partial(_adam, dtype, amsgrad=False)
+        yield f"{name} amsgrad", partial(_adam, dtype, amsgrad=True)
+        for features in (768, 8192, 16384, 65536):
+            yield f"{name} x {features}", partial(_rms_norm_forward, dtype, features)
+        for features in (768, 8192, 16384):
+            yield f"{name} x {features}", partial(_rms_norm_backward, dtype, features)
+
+
+def record(call: Callable[[], None]) -> list[Launch]:
+    """The launches that ``call`` asks for; none is run."""
+    launches = []
+
+    def run(self: JITFunction, *arguments: Any, grid: object, warmup: bool, **options: Any) -> None:
+        launches.append(Launch(self, arguments, options))
+
+    with mock.patch.object(JITFunction, "run", run):
+        call()
+    return launches
+
+
+def resources(launch: Launch, arch: int) -> dict[str, Any]:
+    """Registers, memory and vector accesses of one kernel, compiled for ``sm_{arch}``."""
+    names = {param.name for param in launch.kernel.params}
+    compiled = triton.compile(
+        _source(launch),
+        target=GPUTarget("cuda", arch, 32),
+        options={name: value for name, value in launch.options.items() if name not in names},
+    )
+    usage, assembly = _disassemble(compiled.asm["cubin"])
+    sizes = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return {
+        "registers": int(sizes["REG"]),
+        "spill_bytes": int(sizes["STACK"]),
+        "local_bytes": int(sizes["LOCAL"]),
+        "shared_bytes": compiled.metadata.shared,
+        "vector_loads": re.search(r"\bLDG\.[\w.]*128", assembly) is not None,
+        "vector_stores": re.search(r"\bSTG\.[\w.]*128", assembly) is not None,
+    }
+
+
+def _source(launch: Launch) -> ASTSource:
+    """The kernel specialised as a launch specialises it: integers that are 1, multiples of 16."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def type_of(value: Any, place: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(type_of(each, (*place, index)) for index, each in enumerate(value))
+        if value is None or value == 1:
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, int):
+            if value % 16 == 0:
+                attributes[place] = [["tt.divisibility", 16]]
+            return "i32" if abs(value) < 2**31 else "i64"
+        raise TypeError(f"no type for {value!r}")
+
+    for index, param in enumerate(launch.kernel.params):
+        if param.is_constexpr:
+            signature[param.name] = "constexpr"
+            constants[(index,)] = launch.options[param.name]
+            continue
+        value = launch.arguments[index]
+        if isinstance(value, torch.Tensor):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[param.name] = _POINTERS[value.dtype]
+        else:
+            signature[param.name] = param.annotation_type or type_of(value, (index,))
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+_POINTERS = {torch.int32: "*i32", torch.int64: "*i64"} | {
+    dtype: f"*{triton_dtype}" for dtype, triton_dtype in TRITON_DTYPE.items()
+}
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and instructions, by the tools that Triton brings along."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        assembly = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        usage_text, assembly_text = (
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            for command in (usage, assembly)
+        )
+    return usage_text, assembly_text
+
+
+def _adam(dtype: torch.dtype, *, amsgrad: bool) -> None:
+    tensors = [torch.empty(4096, dtype=dtype, device="meta")]
+    adam_(
+        tensors,
+        tensors,
+        tensors,
+        tensors,
+        tensors if amsgrad else [],
+        [torch.zeros(())],
+        lr=1e-3,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=1e-2,
+        decoupled=True,
+        amsgrad=amsgrad,
+        maximize=False,
+    )
+
+
+def _rms_norm_forward(dtype: torch.dtype, features: int) -> None:
+    x = torch.empty(_ROWS, features, dtype=dtype, device="meta")
+    rms_norm_forward(x, x, x[0], 1, 1e-6)
+
+
+def _rms_norm_backward(dtype: torch.dtype, features: int) -> None:
+    x = torch.empty(_ROWS, features, dtype=dtype, device="meta")
+    rstd = torch.empty(_ROWS, dtype=torch.float32, device="meta")
+    rms_norm_backward(x, x, x, x[0], rstd, 1, True, True)
