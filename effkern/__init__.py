@@ -5,9 +5,9 @@ norm = effkern.nn.RMSNorm(768)                                  # for torch.nn.R
 """
 
 from effkern import nn
-from effkern.version import __version__
 from effkern.backends.choice import BackendStatus, backends, use_backend
 from effkern.optim import FusedAdam, FusedAdamW
+from effkern.version import __version__
 
 __all__ = [
     "BackendStatus",

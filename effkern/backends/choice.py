@@ -1,8 +1,8 @@
 """Which backend runs an op: what can serve, what cannot and why, and how a caller chooses.
 
-By default CPU tensors go to ``cpu`` and CUDA tensors to ``cuda``; where a library is missing, CUDA tensors go to
-``triton`` and what is left goes to ``reference``. `use_backend` and the environment variable ``EFFKERN_BACKEND``
-choose one by name.
+By default CPU tensors go to ``cpu`` and CUDA tensors to ``cuda``; where a library is missing, CUDA
+tensors go to ``triton`` and what is left goes to ``reference``. `use_backend` and the environment
+variable ``EFFKERN_BACKEND`` choose one by name.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def has_triton() -> bool:
 
 
 def backends() -> dict[str, BackendStatus]:
-    """What each backend can do here: a `BackendStatus` by name, in the order reference, cpu, cuda, triton."""
+    """What each backend can do here, by name: reference, cpu, cuda, triton."""
     gpu = torch.cuda.is_available()
     rebuild = (
         "reinstall effkern with a C++ compiler on the machine; EFFKERN_BUILD=cpu says what fails"
@@ -100,8 +100,8 @@ _choice: ContextVar[str | None] = ContextVar(
     "effkern_backend", default=os.environ.get("EFFKERN_BACKEND") or None
 )
 
-# Dynamo reads (and guards on) a ContextVar from PyTorch 2.14 on. Before, a compiled function sees the choice through
-# this attribute, which the last `use_backend` of any thread has set.
+# Dynamo reads (and guards on) a ContextVar from PyTorch 2.14 on. Before, a compiled function sees
+# the choice through this attribute, which the last `use_backend` of any thread has set.
 _DYNAMO_READS_CONTEXT = torch.__version__ >= (2, 14)
 
 
@@ -133,23 +133,25 @@ def serving(device: str) -> str:
     status = check_available(choice)
     if status is not None and device not in status.devices:
         raise RuntimeError(
-            f"effkern backend {choice!r} takes {' or '.join(status.devices)} tensors here, got a tensor on {device}"
+            f"effkern backend {choice!r} takes {' or '.join(status.devices)} tensors here, "
+            f"got a tensor on {device}"
         )
     return choice
 
 
-class use_backend:  # noqa: N801 -- a context manager, named as torch.no_grad is
+class use_backend:
     """Run every effkern op inside the ``with`` block on one backend.
 
-    Holds for the current thread or task alone. A compiled function is compiled anew for each choice.
+    Holds for the current thread or task alone. A compiled function is compiled anew for each
+    choice.
 
     Args:
         name: "reference", "cpu", "cuda" or "triton"; None for the default choice.
 
     Raises:
         ValueError: if there is no such backend.
-        RuntimeError: if it cannot run here; the message says why and what to do. From an op inside the block: if
-            the backend does not take tensors of that device.
+        RuntimeError: if it cannot run here; the message says why and what to do. From an op inside
+            the block: if the backend does not take tensors of that device.
     """
 
     def __init__(self, name: str | None) -> None:

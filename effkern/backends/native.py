@@ -1,8 +1,10 @@
-"""Loads the shared libraries that the build put beside the package, and talks to them outside the op path.
+"""Loads the shared libraries that the build put beside the package, and talks to them outside the
+op path.
 
-``libeffkern_cpu`` implements the kernel ops for CPU tensors, ``libeffkern_cuda`` for CUDA tensors. Both register with
-PyTorch's dispatcher when they are loaded (``csrc/torch``). A library that is missing or does not load is no error
-here: `why_not` keeps the reason, for `effkern.backends` and ``effkern doctor``.
+``libeffkern_cpu`` implements the kernel ops for CPU tensors, ``libeffkern_cuda`` for CUDA tensors.
+Both register with PyTorch's dispatcher when they are loaded (``csrc/torch``). A library that is
+missing or does not load is no error here: `why_not` keeps the reason, for `effkern.backends` and
+    ``effkern doctor``.
 """
 
 from __future__ import annotations
@@ -72,19 +74,20 @@ def load() -> None:
 
 
 def cpu_isa() -> str | None:
-    """The instruction set that the CPU kernels use: "avx512", "avx2" or "baseline"; None without the library."""
+    """The CPU kernels' instruction set, "avx512", "avx2" or "baseline"; None without the library."""
     return None if _cpu is None else _cpu.effkern_cpu_isa().decode()
 
 
 def set_cpu_isa(name: str) -> bool:
-    """Make the CPU kernels use instruction set ``name``; False where the machine or the library lacks it."""
+    """Make the CPU kernels use instruction set ``name``; False where it cannot be had."""
     return _cpu is not None and _cpu.effkern_set_cpu_isa(name.encode())
 
 
 def stream_limit(reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
     """One pass over memory: read all of ``reads``, write all of ``writes``, next to no arithmetic.
 
-    What a benchmark holds a kernel against. Uses PyTorch's threads and the kernels' own vector loads and stores.
+    What a benchmark holds a kernel against. Uses PyTorch's threads and the kernels' own vector
+    loads and stores.
 
     Args:
         reads: 1 to 8 contiguous float32 CPU tensors of one length.
@@ -99,7 +102,8 @@ def stream_limit(reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) 
     tensors = [*reads, *writes]
     if not 1 <= len(reads) <= 8 or len(writes) > 8:
         raise ValueError(
-            f"stream_limit takes 1 to 8 reads and up to 8 writes, got {len(reads)} and {len(writes)}"
+            "stream_limit takes 1 to 8 reads and up to 8 writes, "
+            f"got {len(reads)} and {len(writes)}"
         )
     for tensor in tensors:
         if (

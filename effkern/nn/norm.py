@@ -1,3 +1,5 @@
+"""Normalisation layers."""
+
 from __future__ import annotations
 
 import torch
@@ -9,12 +11,16 @@ __all__ = ["RMSNorm"]
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """Drop-in for `torch.nn.RMSNorm`: same arguments, parameters, state_dict and result, one fused kernel.
+    """Drop-in for `torch.nn.RMSNorm`: same arguments, parameters, state_dict and result, one fused
+    kernel.
 
     Args:
-        normalized_shape: the trailing dimensions of the input that are normalised together, or the last one's size.
-        eps: added to the mean square; None stands for the machine epsilon of the accumulation dtype.
-        elementwise_affine: whether there is a learnable ``weight`` of shape ``normalized_shape``, at first one.
+        normalized_shape: the trailing dimensions of the input that are normalised together, or the
+            last one's size.
+        eps: added to the mean square; None stands for the machine epsilon of the accumulation
+            dtype.
+        elementwise_affine: whether there is a learnable ``weight`` of shape ``normalized_shape``,
+            at first one.
         device, dtype: of the weight.
     """
 

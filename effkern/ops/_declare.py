@@ -1,8 +1,10 @@
-"""How an op is declared: one schema, one fake kernel, and an overload for each backend that Python implements.
+"""How an op is declared: one schema, one fake kernel, and an overload for each backend that Python
+implements.
 
-``torch.ops.effkern.NAME.default`` is what a call reaches unless somebody asked for a backend by name. For CPU and
-CUDA tensors the shared libraries implement it (``csrc/torch``); `fill_gaps` gives it an implementation where no library
-serves. ``torch.ops.effkern.NAME.reference`` and ``.triton`` have the same schema and always run that backend.
+``torch.ops.effkern.NAME.default`` is what a call reaches unless somebody asked for a backend by
+name. For CPU and CUDA tensors the shared libraries implement it (``csrc/torch``); `fill_gaps` gives
+it an implementation where no library serves. ``torch.ops.effkern.NAME.reference`` and ``.triton``
+have the same schema and always run that backend.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def declare_public(schema: str, function: Implementation) -> None:
 
 
 def fill_gaps() -> None:
-    """Give each declared op an implementation for the kinds of device whose library is not loaded."""
+    """Give each declared op an implementation for tensors whose library is not loaded."""
     for key in ("CPU", "CUDA"):
         if not native.serves(key):
             backend = choice.serving(key.lower())

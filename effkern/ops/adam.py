@@ -1,8 +1,9 @@
 """Adam's kernel ops: one from lists of tensors, one from a plan.
 
-``_adam_`` takes every tensor; torch.compile, opcheck and the reference backend use it. ``_adam_planned_`` takes a table
-of addresses that `effkern.optim.plan` keeps between steps, so that only the gradients cross the boundary; what it
-writes is invisible to PyTorch, and its caller raises the version counters.
+``_adam_`` takes every tensor; torch.compile, opcheck and the reference backend use it.
+``_adam_planned_`` takes a table of addresses that `effkern.optim.plan` keeps between steps, so that
+only the gradients cross the boundary; what it writes is invisible to PyTorch, and its caller raises
+the version counters.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from effkern.backends.reference import adam as reference
 from effkern.ops._declare import Family, declare
 
 _SCALARS = (
-    "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, bool amsgrad, bool maximize"
+    "float lr, float beta1, float beta2, float eps, float weight_decay,"
+    " bool decoupled, bool amsgrad, bool maximize"
 )
 
 
@@ -22,7 +24,9 @@ def _adam_fake(*args: Any, **kwargs: Any) -> None:
 
 
 def _planned_fake(*args: Any, **kwargs: Any) -> int:
-    raise RuntimeError("effkern::_adam_planned_ works on addresses and cannot be traced; trace effkern::_adam_")
+    raise RuntimeError(
+        "effkern::_adam_planned_ works on addresses and cannot be traced; trace effkern::_adam_"
+    )
 
 
 declare(

@@ -36,7 +36,8 @@ def check(
 ) -> None:
     """Compare values and all gradients with float64, by the rule of agreement.
 
-    The float64 run starts from the sum as rounded to the dtype, whose statistics those are (api.md).
+    The float64 run starts from the sum as rounded to the dtype, whose statistics those are
+    (api.md).
     """
     leaves = [x, weight, residual]
 
@@ -69,7 +70,8 @@ def check(
 
     actual, stock, exact = run("actual"), run("eager"), run("exact")
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    # Where rows are short the gradient of x cancels: allow a few roundings of the terms that cancel.
+    # Where rows are short the gradient of x cancels: allow a few roundings of the terms that
+    # cancel.
     scale = 0.0
     if x.numel():
         mean_square = exact[1].square().mean(list(range(-dims, 0)))

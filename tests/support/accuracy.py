@@ -1,4 +1,5 @@
-"""The rule of agreement: at most twice the error that eager PyTorch makes in the same dtype, against float64."""
+"""The rule of agreement: at most twice the error that eager PyTorch makes in the same dtype,
+against float64."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """The backends that the parametrised tests run on: each test names an op, never a backend.
 
-Which ones: ``EFFKERN_TEST_BACKENDS``, a comma-separated list of the names below; by default all that can run here.
+Which ones: ``EFFKERN_TEST_BACKENDS``, a comma-separated list of the names below; by default all that
+can run here.
 
     reference                           plain PyTorch
     cpu-baseline, cpu-avx2, cpu-avx512  the CPU library, one instruction set forced
     simt                                the CUDA sources on the CPU (tests/simt)
-    triton                              on a GPU, or in Triton's interpreter under TRITON_INTERPRET=1
+    triton                              on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1)
     cuda                                on a GPU
 """
 

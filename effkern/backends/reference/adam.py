@@ -1,5 +1,6 @@
-"""Adam (Kingma and Ba, 2015), AdamW (Loshchilov and Hutter, 2019) and AMSGrad (Reddi et al., 2018), as torch.optim
-writes them: one tensor after another, every intermediate value in the accumulation dtype.
+"""Adam (Kingma and Ba, 2015), AdamW (Loshchilov and Hutter, 2019) and AMSGrad (Reddi et al., 2018),
+as torch.optim writes them: one tensor after another, every intermediate value in the accumulation
+dtype.
 """
 
 from __future__ import annotations
@@ -32,10 +33,20 @@ def adam_(
     """One step on every parameter, in place; the tensors may have any strides.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: tensors of equal shape, index by index.
-        max_exp_avg_sqs: likewise with ``amsgrad``, else empty.
+        params: the parameters.
+        grads: their gradients; this and the lists of states match ``params`` in number and shapes.
+        exp_avgs: running means of the gradient.
+        exp_avg_sqs: running means of its square.
+        max_exp_avg_sqs: their largest values so far with ``amsgrad``, else an empty list.
         steps: one number each, increased by one first.
+        lr: learning rate.
+        beta1: decay rate of ``exp_avgs``.
+        beta2: decay rate of ``exp_avg_sqs``.
+        eps: added to the square root in the denominator.
+        weight_decay: L2 penalty, or decoupled decay.
         decoupled: decay the parameter (AdamW) instead of the gradient (L2).
+        amsgrad: divide by the largest running mean of squares.
+        maximize: ascend.
     """
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         steps[i] += 1

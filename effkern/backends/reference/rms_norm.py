@@ -13,14 +13,15 @@ def _last(dims: int) -> list[int]:
 
 
 def rstd(x: Tensor, dims: int, eps: float) -> Tensor:
-    """``1 / sqrt(mean(x^2) + eps)`` over the last ``dims`` dimensions, in the accumulation dtype."""
+    """``1 / sqrt(mean(x^2) + eps)`` over the last ``dims`` dimensions, as it is accumulated."""
     return torch.rsqrt(x.to(accumulation_dtype(x.dtype)).square().mean(_last(dims)) + eps)
 
 
 def rms_norm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, dims: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``y = total * rstd * weight`` with ``rstd = 1 / sqrt(mean(total^2) + eps)`` and ``total = x + residual``.
+    """``y = total * rstd * weight`` with ``rstd = 1 / sqrt(mean(total^2) + eps)`` and ``total = x +
+    residual``.
 
     Args:
         x: of shape ``(*rows, *normalized_shape)``.
@@ -30,8 +31,9 @@ def rms_norm_forward(
         eps: added to the mean square.
 
     Returns:
-        y like x and contiguous; total likewise, or an empty tensor without a residual; rstd of shape ``rows`` in the
-        accumulation dtype. The statistics are those of total as rounded to x's dtype.
+        y like x and contiguous; total likewise, or an empty tensor without a residual; rstd of
+        shape ``rows`` in the accumulation dtype. The statistics are those of total as rounded to
+        x's dtype.
     """
     acc = accumulation_dtype(x.dtype)
     total = x if residual is None else (x + residual).contiguous()
@@ -52,13 +54,18 @@ def rms_norm_backward(
     wants_x: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `rms_norm_forward` with respect to x (and the residual, whose is the same) and the weight.
+    """The gradients of `rms_norm_forward` with respect to x (and the residual, whose is the same)
+    and the weight.
 
     Args:
         grad: with respect to y.
         grad_total: with respect to the returned total, or None.
         x: what was normalised: total, where there was a residual.
-        rstd: as forward returned it. Differentiable in every argument, rstd as a function of x among them.
+        weight: as forward had it.
+        rstd: as forward returned it; differentiable, so that it may be a function of x.
+        dims: as forward had it.
+        wants_x: whether grad_x is computed.
+        wants_weight: whether grad_weight is computed.
 
     Returns:
         grad_x like x, grad_weight like weight; an empty tensor for one that is not wanted.
