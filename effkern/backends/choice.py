@@ -102,7 +102,7 @@ _choice: ContextVar[str | None] = ContextVar(
 
 # Dynamo reads (and guards on) a ContextVar from PyTorch 2.14 on. Before, a compiled function sees
 # the choice through this attribute, which the last `use_backend` of any thread has set.
-_DYNAMO_READS_CONTEXT = torch.__version__ >= (2, 14)
+_DYNAMO_READS_CONTEXT = torch.__version__ >= "2.14"
 
 
 class _Mirror:

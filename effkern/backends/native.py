@@ -74,7 +74,7 @@ def load() -> None:
 
 
 def cpu_isa() -> str | None:
-    """The CPU kernels' instruction set, "avx512", "avx2" or "baseline"; None without the library."""
+    """The CPU kernels' instruction set: avx512, avx2 or baseline; None without the library."""
     return None if _cpu is None else _cpu.effkern_cpu_isa().decode()
 
 

@@ -1,7 +1,7 @@
 """The backends that the parametrised tests run on: each test names an op, never a backend.
 
-Which ones: ``EFFKERN_TEST_BACKENDS``, a comma-separated list of the names below; by default all that
-can run here.
+Which ones: ``EFFKERN_TEST_BACKENDS``, a comma-separated list of the names below; by default all
+that can run here.
 
     reference                           plain PyTorch
     cpu-baseline, cpu-avx2, cpu-avx512  the CPU library, one instruction set forced
