@@ -40,7 +40,8 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, size_t shared_bytes,
             cudaStream_t stream, Arguments... arguments) {
 #ifdef EFFKERN_SIMT
-  simt::launch(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
+  simt::launch(reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes,
+               [&] { kernel(arguments...); });
   (void)stream;
 #else
   // clang-format off

@@ -1,0 +1,192 @@
+"""Builds and loads the CUDA sources for the CPU: the backend named "simt".
+
+The unmodified ``csrc/cuda/*.cu`` and ``csrc/torch/cuda*.cpp`` are compiled with a C++ compiler against ``simt.h``, and
+register themselves as the overloads ``simt`` of the kernel ops. Libraries are kept in ``build/simt`` under a hash of all
+that goes into them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+
+#: Set in the processes that `sanitized_environment` describes.
+SANITIZE = "EFFKERN_SIMT_SANITIZE"
+
+
+def compiler() -> str | None:
+    """The C++ compiler, or None."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def available() -> bool:
+    """Whether the library can be built here."""
+    return sys.platform == "linux" and compiler() is not None and _torch_include().is_dir()
+
+
+def sanitized_environment() -> dict[str, str]:
+    """The environment of a Python process that `load`s the library with AddressSanitizer and UndefinedBehaviorSanitizer.
+
+    Raises:
+        RuntimeError: if the compiler has no AddressSanitizer.
+    """
+    asan = _runtime("libasan.so")
+    return {
+        **os.environ,
+        SANITIZE: "1",
+        "LD_PRELOAD": " ".join([asan, _runtime("libstdc++.so")]),
+        # Python itself leaks. Without a handler of its own, a fault in torch would be reported as ours.
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:halt_on_error=1",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    }
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the kernels did to global memory.
+
+    Attributes:
+        read, written: bytes that went through ``load`` and ``store`` of csrc/cuda/memory.cuh.
+        launches: of kernels.
+        uploaded: bytes that the host copied to the device.
+    """
+
+    read: int
+    written: int
+    launches: int
+    uploaded: int
+
+
+class Simt:
+    """The loaded library, outside its ops."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.simt_seed.argtypes = [ctypes.c_uint64]
+        self._library.simt_kernels.restype = ctypes.c_int64
+
+    def reset(self) -> None:
+        """Count from zero."""
+        self._library.simt_reset()
+
+    def counts(self) -> Counts:
+        """What has happened since `reset`."""
+        four = (ctypes.c_int64 * 4)()
+        self._library.simt_counts(four)
+        return Counts(*four)
+
+    def seed(self, seed: int) -> None:
+        """Choose the order in which blocks and threads run."""
+        self._library.simt_seed(seed)
+
+    def kernels(self) -> int:
+        """How many different kernels have been launched since the library was loaded."""
+        return int(self._library.simt_kernels())
+
+
+@cache
+def load() -> Simt:
+    """Build the library if need be, define the overloads ``simt`` and load it; once in a process.
+
+    In an environment from `sanitized_environment`, the library built with the sanitizers.
+    """
+    from effkern.backends import choice
+    from effkern.ops import _declare
+
+    path = build(sanitize=bool(os.environ.get(SANITIZE)))
+    for name, (signature, fake, _) in _declare.declared.items():
+        _declare.define(f"{name}.simt", signature, fake)
+    torch.ops.load_library(str(path))
+    choice.test_backends.add("simt")
+    return Simt(path)
+
+
+def build(*, sanitize: bool) -> Path:
+    """The library's path, built unless it is there."""
+    sources = [
+        *sorted(ROOT.glob("csrc/cuda/*.cu")),
+        *sorted(ROOT.glob("csrc/torch/cuda*.cpp")),
+        HERE / "simt.cpp",
+        HERE / "simt_torch.cpp",
+    ]
+    commands = {source: _command(source, sanitize) for source in sources}
+    path = ROOT / "build" / "simt" / _key(commands) / "libeffkern_simt.so"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        objects = {source: str(Path(scratch) / f"{source.name}.o") for source in sources}
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            list(pool.map(lambda s: _run([*commands[s], "-c", str(s), "-o", objects[s]]), sources))
+        library = Path(scratch) / path.name
+        # At run time the loader takes the libtorch_cpu that `import torch` has loaded.
+        torch_library = ("-L", str(_torch_include().parent / "lib"), "-ltorch_cpu")
+        link = [str(compiler()), "-shared", *_sanitizers(sanitize), *objects.values()]
+        _run([*link, *torch_library, "-o", str(library)])
+        library.replace(path)  # at once, so that two processes may build at the same time
+    return path
+
+
+def _command(source: Path, sanitize: bool) -> list[str]:
+    """How a source is compiled, but for its name and its object's."""
+    command = [
+        str(compiler()),
+        *("-std=c++20", "-O1" if sanitize else "-O2", "-g1", "-fPIC", "-fvisibility=hidden"),
+        *("-ffp-contract=off", "-fno-omit-frame-pointer"),
+        *_sanitizers(sanitize),
+        *("-I", str(ROOT / "csrc"), "-isystem", str(_torch_include())),
+        *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"),
+    ]
+    if source.name.startswith("simt"):
+        return command
+    overload = ("-DEFFKERN_CUDA_KEY=CPU", '-DEFFKERN_CUDA_OVERLOAD=".simt"')
+    standins = ("-I", str(HERE / "include"), "-include", str(HERE / "simt.h"))
+    return [*command, "-DEFFKERN_SIMT", *overload, *standins, "-x", "c++"]
+
+
+def _sanitizers(sanitize: bool) -> list[str]:
+    # Throwing between the library and torch confuses the check of vptr alone, which needs the type's definition.
+    return ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if sanitize else []
+
+
+def _key(commands: dict[Path, list[str]]) -> str:
+    digest = hashlib.sha256(torch.__version__.encode())
+    for source, command in commands.items():
+        digest.update(repr((source.name, command)).encode())
+    headers = [p for f in ("csrc/common", "csrc/cuda", "csrc/math", "csrc/torch") for p in (ROOT / f).rglob("*.*")]
+    for path in sorted([*headers, *HERE.rglob("*.h"), *HERE.glob("*.cpp"), Path(__file__)]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+
+
+def _torch_include() -> Path:
+    return Path(torch.__file__).parent / "include"
+
+
+def _runtime(name: str) -> str:
+    """The path of one of the compiler's own libraries."""
+    found = subprocess.run([str(compiler()), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    path = found.stdout.strip()
+    if not os.path.isabs(path):
+        raise RuntimeError(f"{compiler()} has no {name}")
+    return path
