@@ -74,19 +74,16 @@ class AdamSettings:
 def run(settings: AdamSettings, report: Report = silent) -> Result:
     """Measure every set of tensors."""
     peers = adamw_peers(torch.device(settings.device), compiled=settings.compile)
-    cases, notes = [], []
+    cases = []
     for name in settings.tensors:
         title, shapes = TENSOR_SETS[name]
-        case, note = measure(title, shapes(), peers, settings, report)
-        cases.append(case)
-        notes = [note]
+        cases.append(measure(title, shapes(), peers, settings, report))
     return Result(
         "adam",
         dataclasses.asdict(settings),
         machine.describe(),
         cases,
         left_out=peers.left_out,
-        notes=notes,
     )
 
 
@@ -96,12 +93,8 @@ def measure(
     peers: Peers,
     settings: AdamSettings,
     report: Report = silent,
-) -> tuple[Case, str]:
-    """One set of tensors; each contestant has its own, but all share the gradients.
-
-    Returns:
-        The case, and what the copy limit was.
-    """
+) -> Case:
+    """One set of tensors; each contestant has its own, but all share the gradients."""
     device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
     generator = torch.Generator(device=device).manual_seed(settings.seed)
 
@@ -137,7 +130,7 @@ def measure(
     )
     moved = (STREAMS.reads + STREAMS.writes) * elements * dtype.itemsize
     rows = make_rows(times, bytes_moved=moved, limit_bytes=limit.bytes_moved)
-    return Case(name, rows, bytes_moved=moved, elements=elements), limit.note
+    return Case(name, rows, moved, elements, limit.streams)
 
 
 def _effkern_adamw(parameters: list[nn.Parameter]) -> Callable[[], object]:

@@ -30,14 +30,7 @@ def run(device: str = "cpu", *, seed: int = 0, report: Report = silent) -> Resul
     return Result("call_overhead", settings, machine.describe(), cases)
 
 
-def measure(
-    device: torch.device,
-    *,
-    seed: int = 0,
-    rounds: int = ROUNDS,
-    calls: int = CALLS,
-    report: Report = silent,
-) -> list[Case]:
+def measure(device: torch.device, *, seed: int = 0, report: Report = silent) -> list[Case]:
     """Forward + backward, and forward without gradient, beside torch on the same tensors."""
     generator = torch.Generator(device=device).manual_seed(seed)
 
@@ -67,11 +60,11 @@ def measure(
         name = f"call overhead, RMSNorm 1 x {HIDDEN_SIZE}, {mode}"
         times = alternate(
             contestants,
-            rounds=rounds,
+            rounds=ROUNDS,
             warm_up=WARM_UP,
-            calls=calls,
+            calls=CALLS,
             clock=clock_for(device),
-            on_round=counter(report, name, WARM_UP + rounds),
+            on_round=counter(report, name, WARM_UP + ROUNDS),
         )
         return Case(name, make_rows(times), of_overhead=True)
 

@@ -19,9 +19,8 @@ class Streams:
     Attributes:
         reads: how many are read.
         writes: how many are written.
-        in_place: whether the written ones are the first of those read, as in an optimizer's step; a
-            buffer that is only written costs a read as well on CPUs that fetch a cache line before
-            they write to it.
+        in_place: whether the written ones are the first of those read, as in an optimizer's step.
+            Otherwise they are allocated in the timed call, as the outputs of an op are.
     """
 
     reads: int
@@ -31,51 +30,51 @@ class Streams:
 
 @dataclass(frozen=True)
 class CopyLimit:
-    """The limit as a contestant among the others, and what one call of it moves."""
+    """The limit as a contestant among the others.
+
+    Attributes:
+        contestant: makes all passes in one call.
+        bytes_moved: in one call.
+        streams: what the passes read and write, in words.
+    """
 
     contestant: Contestant
     bytes_moved: int
-    note: str
+    streams: str
 
 
 def copy_limit(passes: Sequence[Streams], *, buffer_bytes: int, device: torch.device) -> CopyLimit:
     """The limit for work that makes these passes over buffers of ``buffer_bytes`` bytes each.
 
-    The buffers are float32 and hold zeros, whatever the work's dtype: only their bytes count.
+    The buffers are float32 and hold zeros, whatever the work's dtype: only their bytes count. On a
+    GPU, and without the CPU library, each pass is a `Tensor.copy_`: one stream read, one written.
     """
     native_pass = device.type == "cpu" and native.serves("CPU")
     if not native_pass:
         passes = [Streams(1, 1) for _ in passes]
-    buffers = max(p.reads + (0 if p.in_place else p.writes) for p in passes)
+    reads = max(streams.reads for streams in passes)
     elements = max(1, buffer_bytes // torch.float32.itemsize)
 
-    def make() -> list[tuple[list[Tensor], list[Tensor]]]:
-        tensors = [torch.zeros(elements, device=device) for _ in range(buffers)]
-        return [_assign(streams, tensors) for streams in passes]
+    def make() -> list[Tensor]:
+        return [torch.zeros(elements, device=device) for _ in range(reads)]
 
-    def run(assigned: list[tuple[list[Tensor], list[Tensor]]]) -> None:
-        for reads, writes in assigned:
-            if native_pass:
-                native.stream_limit(reads, writes)
+    def run(buffers: list[Tensor]) -> list[Tensor]:
+        written = []
+        for streams in passes:
+            sources = buffers[: streams.reads]
+            if streams.in_place:
+                targets = sources[: streams.writes]
             else:
-                writes[0].copy_(reads[0])
+                targets = [torch.empty_like(sources[0]) for _ in range(streams.writes)]
+            if native_pass:
+                native.stream_limit(sources, targets)
+            else:
+                targets[0].copy_(sources[0])
+            written += targets
+        return written
 
     return CopyLimit(
-        contestant=Contestant(run, Rotation(make, set_bytes=buffers * buffer_bytes)),
+        contestant=Contestant(run, Rotation(make, set_bytes=reads * buffer_bytes)),
         bytes_moved=sum(p.reads + p.writes for p in passes) * buffer_bytes,
-        note="copy limit: " + ", then ".join(_describe(p, native_pass) for p in passes),
+        streams=", then ".join(f"{p.reads} read, {p.writes} written" for p in passes),
     )
-
-
-def _assign(streams: Streams, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    reads = tensors[: streams.reads]
-    if streams.in_place:
-        return reads, reads[: streams.writes]
-    return reads, tensors[streams.reads : streams.reads + streams.writes]
-
-
-def _describe(streams: Streams, native_pass: bool) -> str:
-    if not native_pass:
-        return "Tensor.copy_ (1 stream read, 1 written)"
-    where = " in place" if streams.in_place else ""
-    return f"a pass that reads {streams.reads} streams and writes {streams.writes}{where}"

@@ -10,18 +10,25 @@ from effkern.bench.results import COPY_LIMIT, OURS, Case, Result
 #: Colour-blind safe: effkern, its peers, the limit.
 COLOURS = {"ours": "#0072b2", "peer": "#b0b0b0", "limit": "#e69f00"}
 
+#: More cases than this are drawn in two columns.
+COLUMN_FROM = 3
+
 
 def draw(result: Result, file: Path) -> None:
     """Draw median times with quartiles; ``file`` ends in ``.png``, ``.svg`` or ``.pdf``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    heights = [1 + len(case.rows) for case in result.cases]
-    figure = Figure(figsize=(9, 0.35 * sum(heights) + 0.6), layout="constrained")
+    columns = 1 if len(result.cases) <= COLUMN_FROM else 2
+    rows = -(-len(result.cases) // columns)
+    height = 1.3 + 0.3 * max(len(case.rows) for case in result.cases)
+    figure = Figure(figsize=(8 * columns, height * rows + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(result.cases), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for panel, case in zip(panels, result.cases, strict=True):
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel, case in zip(panels, result.cases, strict=False):
         _draw_case(panel, case)
+    for panel in panels[len(result.cases) :]:
+        panel.set_visible(False)
     figure.suptitle(
         f"effkern bench {result.benchmark}: time of one call, shorter is better", fontsize=10
     )

@@ -48,6 +48,7 @@ class Case:
         bytes_moved: the least bytes that one call must read and write; None where that says
             nothing.
         elements: how many elements one call works on.
+        limit_streams: what the copy limit's passes read and write, in words; empty without one.
         of_overhead: the figure of interest is what a call costs beside a peer's, not how fast it
             moves bytes.
     """
@@ -56,6 +57,7 @@ class Case:
     rows: list[Row]
     bytes_moved: int | None = None
     elements: int | None = None
+    limit_streams: str = ""
     of_overhead: bool = False
 
 

@@ -80,9 +80,7 @@ def run(settings: RmsNormSettings, report: Report = silent) -> Result:
         for with_residual in (False, True):
             torch.compiler.reset()
             peers = norm_peers(device, compiled=settings.compile)
-            for case, note in _measure_shape(hidden_size, with_residual, peers, settings, report):
-                cases.append(case)
-                notes = list(dict.fromkeys([*notes, note]))
+            cases += _measure_shape(hidden_size, with_residual, peers, settings, report)
             left_out |= peers.left_out
     if not release_free_memory(device):
         notes.append("fresh allocator: not measured, this system's keeps the memory it has")
@@ -101,7 +99,7 @@ def effkern_norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Te
 
 def _measure_shape(
     hidden_size: int, with_residual: bool, peers: Peers, settings: RmsNormSettings, report: Report
-) -> list[tuple[Case, str]]:
+) -> list[Case]:
     """Every mode and allocator for one shape; peers that fail are left out."""
     device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
     generator = torch.Generator(device=device).manual_seed(settings.seed)
@@ -133,7 +131,7 @@ def _measure_shape(
             case = _measure_case(
                 name, mode, norms, weight, rotation, limit, settings, report, allocator == "fresh"
             )
-            measured.append((case, f"{mode}: {limit.note}"))
+            measured.append(case)
     return measured
 
 
@@ -174,7 +172,8 @@ def _measure_case(
         on_round=counter(report, name, WARM_UP + settings.rounds),
     )
     rows = make_rows(times, bytes_moved=limit.bytes_moved, limit_bytes=limit.bytes_moved)
-    return Case(name, rows, bytes_moved=limit.bytes_moved, elements=settings.rows * weight.numel())
+    elements = settings.rows * weight.numel()
+    return Case(name, rows, limit.bytes_moved, elements, limit.streams)
 
 
 def _contestant(

@@ -15,7 +15,9 @@ from effkern.bench.spread import Spread
 
 def render(result: Result) -> RenderableType:
     """Every case as a table, then what was left out, the notes, and the machine."""
-    parts: list[RenderableType] = [_case_table(case) for case in result.cases]
+    parts: list[RenderableType] = []
+    for case in result.cases:
+        parts += [Text(_title(case), style="bold"), _case_table(case)]
     parts += [Text(f"left out: {name}: {reason}") for name, reason in result.left_out.items()]
     parts += [Text(note) for note in result.notes]
     parts.append(Text(machine_line(result.machine, result.settings["device"])))
@@ -45,19 +47,22 @@ def ratio(spread: Spread) -> str:
 
 
 def _case_table(case: Case) -> Table:
-    table = Table(title=_title(case), title_justify="left", title_style="bold")
+    table = Table()
     table.add_column("")
     table.add_column("time", justify="right")
     with_bandwidth = case.bytes_moved is not None
     if case.of_overhead:
-        table.add_column("effkern takes, beside this (quartiles)", justify="right")
+        table.add_column("effkern's time over it (quartiles)", justify="right")
     else:
-        table.add_column("effkern is faster by (quartiles)", justify="right")
+        table.add_column("effkern's speed-up over it (quartiles)", justify="right")
     if with_bandwidth:
         table.add_column("GB/s", justify="right")
         table.add_column("of the copy limit", justify="right")
     for row in case.rows:
-        cells = [row.name, duration(row.seconds.median), _comparison(row, case)]
+        label = row.name
+        if row.name == COPY_LIMIT:
+            label += f" ({case.limit_streams})"
+        cells = [label, duration(row.seconds.median), _comparison(row, case)]
         if with_bandwidth:
             cells += _bandwidth(row)
         table.add_row(*cells, style="bold" if row.name == OURS else "")

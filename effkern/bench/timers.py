@@ -13,6 +13,9 @@ import torch
 #: machines.
 SCRUB_BYTES = 256 * 2**20
 
+#: Of a `Rotation`: inputs so small that more would fit the caches are not about memory.
+MOST_SETS = 64
+
 
 class Clock(Protocol):
     """Marks moments on a device and tells the seconds between two of them."""
@@ -139,8 +142,8 @@ class Rotation:
     def __init__(
         self, make: Callable[[], Any], *, set_bytes: int, total: int = SCRUB_BYTES
     ) -> None:
-        """Call ``make`` for sets of ``set_bytes`` bytes: at least two, and ``total`` bytes."""
-        count = max(2, -(-total // max(1, set_bytes)))
+        """Call ``make`` for sets of ``set_bytes`` bytes: ``total`` bytes, 2 to `MOST_SETS` sets."""
+        count = min(max(2, -(-total // max(1, set_bytes))), MOST_SETS)
         self._sets = [make() for _ in range(count)]
         self._next = 0
 

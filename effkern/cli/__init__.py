@@ -16,6 +16,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment variable ``EFFKERN_TRACEBACK=1`` lets such a failure through with its traceback, for
     bug reports.
     """
-    from effkern.cli.main import run
+    from effkern.cli.app import run
 
     return run(arguments)

@@ -22,11 +22,11 @@ def demo(
     ] = None,
     steps: Annotated[
         int, typer.Option("--steps", help="At most so many steps of each side.", min=1)
-    ] = 100,
+    ] = 80,
     seconds: Annotated[
         float,
         typer.Option("--seconds", help="Begin no step after so many seconds of training.", min=0),
-    ] = 85.0,
+    ] = 80.0,
     batch_size: Annotated[
         int, typer.Option("--batch-size", help="Windows of text in a step.", min=1)
     ] = 8,

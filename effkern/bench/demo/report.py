@@ -73,7 +73,7 @@ def render(training: Training, summary: Summary) -> RenderableType:
     """The table and what is needed to read it."""
     stock, ours, settings = training.stock, training.effkern, training.settings
     table = Table(title="One training step, side by side", title_justify="left", title_style="bold")
-    for column in ("", stock.name, ours.name, "effkern is faster by (quartiles)"):
+    for column in ("", stock.name, ours.name, "speed-up (quartiles)"):
         table.add_column(column, justify="left" if not column else "right")
     for name in ("step", *PHASES):
         of_stock, of_ours = (tables.duration(spread.median) for spread in summary.times[name])
@@ -146,45 +146,47 @@ def draw(training: Training, summary: Summary, file: Path) -> None:
 
     figure = Figure(figsize=(13, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    losses, times, phases = figure.subplots(1, 3, width_ratios=(4, 4, 3))
+    losses, times, phases = figure.subplots(1, 3)
     sides = ((training.stock, "#d55e00", "-"), (training.effkern, "#0072b2", "--"))
-    for side, colour, line in sides:
+    for index, (side, colour, line) in enumerate(sides):
         steps = range(1, len(side.losses) + 1)
         losses.plot(steps, side.losses, line, color=colour, label=side.name)
         milliseconds = [seconds * 1e3 for seconds in side.step_times()]
         times.plot(steps, milliseconds, ".", color=colour, markersize=4)
-        median = statistics.median(milliseconds)
+        median = summary.times["step"][index].median * 1e3
         times.axhline(
             median, linestyle=line, color=colour, label=f"{side.name}, median {median:.0f} ms"
         )
+        _draw_phases(phases, summary, index, side.name, colour)
     losses.set(title="Training loss", xlabel="step", ylabel="nats per byte")
     times.set(title="Time of a step", xlabel="step", ylabel="ms")
     times.set_ylim(0, 1.5 * max(spread.high for spread in summary.times["step"]) * 1e3)
-    _draw_phases(phases, training, summary)
+    phases.set(title="Where the time went", ylabel="ms")
+    phases.set_xticks(range(len(PHASES)), PHASES)
+    phases.margins(y=0.15)
     for panel in (losses, times, phases):
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(fontsize=8)
     speedup = summary.speedups["step"]
     figure.suptitle(
         f"{training.parameters / 1e6:.1f} M-parameter GPT on bytes, {training.settings.device}: "
-        f"effkern is faster by {tables.ratio(speedup)}"
+        f"speed-up of a step {tables.ratio(speedup)}"
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
 
 
-def _draw_phases(panel: Any, training: Training, summary: Summary) -> None:
-    """Stacked bars: the median time of each phase on each side."""
-    bottoms = [0.0, 0.0]
-    names = [training.stock.name, training.effkern.name]
-    for phase, colour in zip(PHASES, ("#56b4e9", "#e69f00", "#009e73"), strict=True):
-        heights = [spread.median * 1e3 for spread in summary.times[phase]]
-        bars = panel.bar(names, heights, bottom=bottoms, color=colour, width=0.6, label=phase)
-        panel.bar_label(
-            bars, labels=[f"{height:.1f}" for height in heights], label_type="center", fontsize=8
-        )
-        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-    panel.set(title="Where the time went", ylabel="ms", ylim=(0, 1.3 * max(bottoms)))
+def _draw_phases(panel: Any, summary: Summary, index: int, name: str, colour: str) -> None:
+    """One side's bars: the median time of each phase with its quartiles."""
+    spreads = [summary.times[phase][index].scaled(1e3) for phase in PHASES]
+    medians = [spread.median for spread in spreads]
+    errors = (
+        [spread.median - spread.low for spread in spreads],
+        [spread.high - spread.median for spread in spreads],
+    )
+    places = [place + 0.4 * (index - 0.5) for place in range(len(PHASES))]
+    bars = panel.bar(places, medians, 0.4, yerr=errors, color=colour, capsize=2, label=name)
+    panel.bar_label(bars, labels=[f"{median:.3g}" for median in medians], padding=2, fontsize=8)
 
 
 def _times(side: Side, name: str) -> list[float]:

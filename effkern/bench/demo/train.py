@@ -55,8 +55,8 @@ class DemoSettings:
     device: str = "cpu"
     seed: int = 0
     text: Path | None = None
-    steps: int = 100
-    seconds: float = 85.0
+    steps: int = 80
+    seconds: float = 80.0
     batch_size: int = 8
     shape: ModelShape = field(default_factory=ModelShape)
 
