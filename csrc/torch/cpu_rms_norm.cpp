@@ -1,4 +1,4 @@
-// effkern::_rms_norm_forward and _rms_norm_backward for CPU tensors.
+// effkern::_rms_norm_forward, _add_rms_norm_forward and _rms_norm_backward for CPU tensors.
 #include "torch/advise.h"
 #include "torch/cpu.h"
 #include "torch/rms_norm.h"
@@ -6,16 +6,24 @@
 namespace effkern {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& residual,
-                                           const std::optional<Tensor>& weight, int64_t dims,
-                                           double eps) {
-  return call_rms_norm_forward(
-      x, residual, weight, dims, eps, [](const RmsNormForward& args, Device) {
-        const int64_t bytes = args.rows * args.features * size_of(args.dtype);
-        advise_huge_pages(args.y, bytes);
-        advise_huge_pages(args.total, bytes);
-        cpu::rms_norm_forward(args, torch_threads);
-      });
+void run(const RmsNormForward& args, Device) {
+  const int64_t bytes = args.rows * args.features * size_of(args.dtype);
+  advise_huge_pages(args.y, bytes);
+  advise_huge_pages(args.total, bytes);
+  cpu::rms_norm_forward(args, torch_threads);
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& weight,
+                                   int64_t dims, double eps) {
+  RmsNormOutputs out = call_rms_norm_forward(x, nullptr, weight, dims, eps, run);
+  return {std::move(out.y), std::move(out.rstd)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_forward(const Tensor& x, const Tensor& residual,
+                                               const std::optional<Tensor>& weight, int64_t dims,
+                                               double eps) {
+  RmsNormOutputs out = call_rms_norm_forward(x, &residual, weight, dims, eps, run);
+  return {std::move(out.y), *std::move(out.total), std::move(out.rstd)};
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, const std::optional<Tensor>& grad_total,
@@ -38,5 +46,6 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const std::optional<Tens
 
 STABLE_TORCH_LIBRARY_IMPL(effkern, CPU, m) {
   m.impl("_rms_norm_forward", TORCH_BOX(&effkern::forward));
+  m.impl("_add_rms_norm_forward", TORCH_BOX(&effkern::add_forward));
   m.impl("_rms_norm_backward", TORCH_BOX(&effkern::backward));
 }

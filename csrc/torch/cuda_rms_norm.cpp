@@ -1,4 +1,5 @@
-// `_rms_norm_forward` and `_rms_norm_backward` for CUDA tensors. Declared in effkern/ops.
+// `_rms_norm_forward`, `_add_rms_norm_forward` and `_rms_norm_backward` for CUDA tensors. Declared
+// in effkern/ops.
 #include "cuda/rms_norm.h"
 #include "torch/cuda_device.h"
 #include "torch/rms_norm.h"
@@ -6,15 +7,22 @@
 namespace effkern {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> rms_norm_forward(const Tensor& x,
-                                                    const std::optional<Tensor>& residual,
-                                                    const std::optional<Tensor>& weight,
-                                                    int64_t dims, double eps) {
-  return call_rms_norm_forward(x, residual, weight, dims, eps,
-                               [](const RmsNormForward& task, Device device) {
-                                 const CudaDevice current(device);
-                                 cuda::rms_norm_forward(task, current.stream());
-                               });
+void run(const RmsNormForward& task, Device device) {
+  const CudaDevice current(device);
+  cuda::rms_norm_forward(task, current.stream());
+}
+
+std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const std::optional<Tensor>& weight,
+                                            int64_t dims, double eps) {
+  RmsNormOutputs out = call_rms_norm_forward(x, nullptr, weight, dims, eps, run);
+  return {std::move(out.y), std::move(out.rstd)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_forward(const Tensor& x, const Tensor& residual,
+                                                        const std::optional<Tensor>& weight,
+                                                        int64_t dims, double eps) {
+  RmsNormOutputs out = call_rms_norm_forward(x, &residual, weight, dims, eps, run);
+  return {std::move(out.y), *std::move(out.total), std::move(out.rstd)};
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad,
@@ -38,5 +46,6 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad,
 
 STABLE_TORCH_LIBRARY_IMPL(effkern, EFFKERN_CUDA_KEY, m) {
   m.impl("_rms_norm_forward" EFFKERN_CUDA_OVERLOAD, TORCH_BOX(&effkern::rms_norm_forward));
+  m.impl("_add_rms_norm_forward" EFFKERN_CUDA_OVERLOAD, TORCH_BOX(&effkern::add_rms_norm_forward));
   m.impl("_rms_norm_backward" EFFKERN_CUDA_OVERLOAD, TORCH_BOX(&effkern::rms_norm_backward));
 }

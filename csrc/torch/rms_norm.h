@@ -1,5 +1,6 @@
-// From the arguments of `_rms_norm_forward` and `_rms_norm_backward` to what the kernels are asked
-// to do (common/rms_norm.h). Device-neutral: a binding passes the function that runs the kernel.
+// From the arguments of `_rms_norm_forward`, `_add_rms_norm_forward` and `_rms_norm_backward` to
+// what the kernels are asked to do (common/rms_norm.h). Device-neutral: a binding passes the
+// function that runs the kernel.
 #pragma once
 
 #include <tuple>
@@ -41,12 +42,16 @@ struct RmsNormExtents {
   }
 };
 
-// run(const RmsNormForward&, Device) does the work. Returns y, total, rstd.
+struct RmsNormOutputs {
+  Tensor y, rstd;
+  std::optional<Tensor> total;  // where there is a residual
+};
+
+// run(const RmsNormForward&, Device) does the work.
 template <class Run>
-std::tuple<Tensor, Tensor, Tensor> call_rms_norm_forward(const Tensor& x,
-                                                         const std::optional<Tensor>& residual,
-                                                         const std::optional<Tensor>& weight,
-                                                         int64_t dims, double eps, Run&& run) {
+RmsNormOutputs call_rms_norm_forward(const Tensor& x, const Tensor* residual,
+                                     const std::optional<Tensor>& weight, int64_t dims, double eps,
+                                     Run&& run) {
   const DType dtype = dtype_of(x, "x");
   const Device device = device_of(x);
   const RmsNormExtents extents(x, dims);
@@ -75,14 +80,16 @@ std::tuple<Tensor, Tensor, Tensor> call_rms_norm_forward(const Tensor& x,
     p.weight = kernel_weight->const_data_ptr();
   }
 
-  Tensor y = empty(sizes, x.dim(), dtype, device);
-  Tensor total = residual ? empty(sizes, x.dim(), dtype, device) : absent(dtype, device);
-  Tensor rstd = empty(sizes, extents.leading, accumulation_of(dtype), device);
-  p.y = y.mutable_data_ptr();
-  p.total = residual ? total.mutable_data_ptr() : nullptr;
-  p.rstd = rstd.mutable_data_ptr();
+  RmsNormOutputs out{empty(sizes, x.dim(), dtype, device),
+                     empty(sizes, extents.leading, accumulation_of(dtype), device), std::nullopt};
+  p.y = out.y.mutable_data_ptr();
+  p.rstd = out.rstd.mutable_data_ptr();
+  if (residual) {
+    out.total = empty(sizes, x.dim(), dtype, device);
+    p.total = out.total->mutable_data_ptr();
+  }
   if (p.rows > 0) run(static_cast<const RmsNormForward&>(p), device);
-  return {std::move(y), std::move(total), std::move(rstd)};
+  return out;
 }
 
 // run(const RmsNormBackward&, Device) does the work, also for zero rows: a wanted grad_weight is

@@ -40,7 +40,7 @@ def declare(
     *,
     fake: Implementation,
     reference: Implementation | None,
-    triton: str,
+    triton: Implementation,
 ) -> None:
     """Declare kernel op ``effkern::name``.
 
@@ -49,9 +49,9 @@ def declare(
         signature: the schema behind the name: ``"(Tensor x) -> Tensor"``.
         fake: gives outputs of the right shape, dtype and device without computing them.
         reference: the same in plain PyTorch, for any device; None for an op that has no such form.
-        triton: where the same stands in Triton, as "module:function"; imported at the first call.
+        triton: the same in Triton, `imported_at_first_call`.
     """
-    implementations = {"triton": _imported_at_first_call(triton)}
+    implementations = {"triton": triton}
     if reference is not None:
         implementations["reference"] = reference
     define(name, signature, fake)
@@ -78,7 +78,8 @@ def fill_gaps() -> None:
                     library.impl(name, implementations[backend], key)
 
 
-def _imported_at_first_call(where: str) -> Implementation:
+def imported_at_first_call(where: str) -> Implementation:
+    """The function at "module:function", whose module may be missing or slow to import."""
     module, function = where.split(":")
 
     def implementation(*args: Any, **kwargs: Any) -> Any:

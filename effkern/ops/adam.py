@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from effkern.backends.reference import adam as reference
-from effkern.ops._declare import Family, declare
+from effkern.ops._declare import Family, declare, imported_at_first_call
 
 _SCALARS = (
     "float lr, float beta1, float beta2, float eps, float weight_decay,"
@@ -35,7 +35,7 @@ declare(
     f" Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, *, {_SCALARS}) -> ()",
     fake=_adam_fake,
     reference=reference.adam_,
-    triton="effkern.backends.triton.adam:adam_",
+    triton=imported_at_first_call("effkern.backends.triton.adam:adam_"),
 )
 declare(
     "_adam_planned_",
@@ -43,7 +43,7 @@ declare(
     f" {_SCALARS}) -> int",
     fake=_planned_fake,
     reference=None,
-    triton="effkern.backends.triton.adam:adam_planned_",
+    triton=imported_at_first_call("effkern.backends.triton.adam:adam_planned_"),
 )
 from_lists = Family("_adam_")
 from_plan = Family("_adam_planned_")

@@ -15,18 +15,33 @@ from torch import Tensor
 
 from effkern.backends.reference import rms_norm as reference
 from effkern.backends.reference.dtypes import accumulation_dtype
-from effkern.ops._declare import DTYPES, Family, declare, declare_public
+from effkern.ops._declare import (
+    DTYPES,
+    Family,
+    Implementation,
+    declare,
+    declare_public,
+    imported_at_first_call,
+)
 
 # ---- the kernel ops ----
 
 
-def _forward_fake(
+def _add_forward_fake(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, dims: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = x.shape[: x.dim() - dims]
-    y = x.new_empty(x.shape)
-    total = x.new_empty(0 if residual is None else x.shape)
-    return y, total, x.new_empty(rows, dtype=accumulation_dtype(x.dtype))
+    rstd = x.new_empty(x.shape[: x.dim() - dims], dtype=accumulation_dtype(x.dtype))
+    return x.new_empty(x.shape), x.new_empty(x.shape), rstd
+
+
+def _without_residual(add_forward: Implementation) -> Implementation:
+    """The forward kernel without a residual, from the one with."""
+
+    def forward(x: Tensor, weight: Tensor | None, dims: int, eps: float) -> tuple[Tensor, Tensor]:
+        y, _, rstd = add_forward(x, None, weight, dims, eps)
+        return y, rstd
+
+    return forward
 
 
 def _backward_fake(
@@ -45,13 +60,21 @@ def _backward_fake(
     return grad_x, weight.new_empty(weight.shape)
 
 
+_triton_forward = imported_at_first_call("effkern.backends.triton.rms_norm:rms_norm_forward")
 declare(
     "_rms_norm_forward",
-    "(Tensor x, Tensor? residual, Tensor? weight, int dims, float eps)"
+    "(Tensor x, Tensor? weight, int dims, float eps) -> (Tensor y, Tensor rstd)",
+    fake=_without_residual(_add_forward_fake),
+    reference=_without_residual(reference.rms_norm_forward),
+    triton=_without_residual(_triton_forward),
+)
+declare(
+    "_add_rms_norm_forward",
+    "(Tensor x, Tensor residual, Tensor? weight, int dims, float eps)"
     " -> (Tensor y, Tensor total, Tensor rstd)",
-    fake=_forward_fake,
+    fake=_add_forward_fake,
     reference=reference.rms_norm_forward,
-    triton="effkern.backends.triton.rms_norm:rms_norm_forward",
+    triton=_triton_forward,
 )
 declare(
     "_rms_norm_backward",
@@ -59,9 +82,9 @@ declare(
     " bool wants_x, bool wants_weight) -> (Tensor grad_x, Tensor grad_weight)",
     fake=_backward_fake,
     reference=reference.rms_norm_backward,
-    triton="effkern.backends.triton.rms_norm:rms_norm_backward",
+    triton=imported_at_first_call("effkern.backends.triton.rms_norm:rms_norm_backward"),
 )
-kernels = Family("_rms_norm_forward", "_rms_norm_backward")
+kernels = Family("_rms_norm_forward", "_add_rms_norm_forward", "_rms_norm_backward")
 
 # ---- the function ----
 
@@ -125,15 +148,19 @@ def rms_norm(
     if torch._C._are_functorch_transforms_active():
         # torch.func differentiates and maps the plain formula, to any order and in forward mode.
         y, total, _ = reference.rms_norm_forward(x, residual, weight, dims, eps)
-    elif torch.is_grad_enabled() and (
+        return y if residual is None else (y, total)
+    if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return RmsNormFunction.apply(x, residual, weight, dims, eps)
-    else:
-        y, total, _ = kernels(x)[0](x, residual, weight, dims, eps)
-    return y if residual is None else (y, total)
+        if residual is None:
+            return RmsNormFunction.apply(x, weight, dims, eps)
+        return AddRmsNormFunction.apply(x, residual, weight, dims, eps)
+    forward, add_forward, _ = kernels(x)
+    if residual is None:
+        return forward(x, weight, dims, eps)[0]
+    return add_forward(x, residual, weight, dims, eps)[:2]
 
 
 def _check(
@@ -199,53 +226,76 @@ def _autocast_to_float32() -> bool:
 
 
 class RmsNormFunction(torch.autograd.Function):
-    """RMSNorm for autograd: y, or (y, total) where there is a residual."""
+    """RMSNorm for autograd, without a residual."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, dims: int, eps: float) -> Tensor:
+        """See `reference.rms_norm_forward`."""
+        forward, _, ctx.kernel = kernels(x)
+        y, rstd = forward(x, weight, dims, eps)
+        ctx.dims, ctx.eps = dims, eps
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """See `reference.rms_norm_backward`."""
+        wants_x, wants_weight, _, _ = ctx.needs_input_grad
+        grad_x, grad_weight = _gradients(ctx, grad, None, wants_x, wants_weight)
+        return grad_x, grad_weight, None, None
+
+
+class AddRmsNormFunction(torch.autograd.Function):
+    """RMSNorm for autograd, with a residual: y and the sum."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, dims: int, eps: float
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor | None, dims: int, eps: float
+    ) -> tuple[Tensor, Tensor]:
         """See `reference.rms_norm_forward`."""
-        forward_kernel, ctx.kernel = kernels(x)
-        y, total, rstd = forward_kernel(x, residual, weight, dims, eps)
-        ctx.set_materialize_grads(False)
+        _, add_forward, ctx.kernel = kernels(x)
+        y, total, rstd = add_forward(x, residual, weight, dims, eps)
         ctx.dims, ctx.eps = dims, eps
-        if residual is None:
-            ctx.save_for_backward(x, weight, rstd)
-            return y
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(total, weight, rstd)
         return y, total
 
     @staticmethod
     def backward(
-        ctx: Any, grad: Tensor | None, grad_total: Tensor | None = None
+        ctx: Any, grad: Tensor | None, grad_total: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """See `reference.rms_norm_backward`; ``grad`` is None where only the sum was used.
-
-        A gradient that will itself be differentiated is computed by the reference formula, which
-        autograd follows, with rstd as a function of x.
-        """
-        x, weight, rstd = ctx.saved_tensors
-        needs_x, needs_residual, needs_weight, _, _ = ctx.needs_input_grad
-        wants_x = needs_x or needs_residual
+        """See `reference.rms_norm_backward`; a gradient is None where its output was not used."""
+        needs_x, needs_residual, wants_weight, _, _ = ctx.needs_input_grad
         if grad is None:
             grad_x, grad_weight = grad_total, None
-        elif torch.is_grad_enabled():
-            rstd = reference.rstd(x, ctx.dims, ctx.eps)
-            grad_x, grad_weight = reference.rms_norm_backward(
-                grad, grad_total, x, weight, rstd, ctx.dims, wants_x, needs_weight
-            )
         else:
-            grad_x, grad_weight = ctx.kernel(
-                grad, grad_total, x, weight, rstd, ctx.dims, wants_x, needs_weight
+            grad_x, grad_weight = _gradients(
+                ctx, grad, grad_total, needs_x or needs_residual, wants_weight
             )
         return (
             grad_x if needs_x else None,
             grad_x if needs_residual else None,
-            grad_weight if needs_weight else None,
+            grad_weight,
             None,
             None,
         )
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, grad_total: Tensor | None, wants_x: bool, wants_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of what was normalised and of the weight; None where not wanted.
+
+    A gradient that will itself be differentiated is computed by the reference formula, which
+    autograd follows, with rstd as a function of x.
+    """
+    x, weight, rstd = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        kernel, rstd = reference.rms_norm_backward, reference.rstd(x, ctx.dims, ctx.eps)
+    else:
+        kernel = ctx.kernel
+    grad_x, grad_weight = kernel(grad, grad_total, x, weight, rstd, ctx.dims, wants_x, wants_weight)
+    return grad_x if wants_x else None, grad_weight if wants_weight else None
 
 
 # ---- the public ops ----

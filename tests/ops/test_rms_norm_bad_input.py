@@ -92,16 +92,17 @@ def test_the_kernel_ops_defend_themselves(backend: Backend) -> None:
         return
     name = backend.name if backend.name in ("simt", "triton") else "default"
     forward = getattr(torch.ops.effkern._rms_norm_forward, name)
+    add_forward = getattr(torch.ops.effkern._add_rms_norm_forward, name)
     backward = getattr(torch.ops.effkern._rms_norm_backward, name)
     x, w = X.to(backend.device), W.to(backend.device)
     rstd = torch.ones(4, device=backend.device)
     for call in (
-        lambda: forward(x.int(), None, None, 1, 1e-5),
-        lambda: forward(x, None, w[:7], 1, 1e-5),
-        lambda: forward(x, x[:2], w, 1, 1e-5),
-        lambda: forward(x, x.double(), w, 1, 1e-5),
-        lambda: forward(x, None, w, 0, 1e-5),
-        lambda: forward(x, None, w, 3, 1e-5),
+        lambda: forward(x.int(), None, 1, 1e-5),
+        lambda: forward(x, w[:7], 1, 1e-5),
+        lambda: forward(x, w, 0, 1e-5),
+        lambda: forward(x, w, 3, 1e-5),
+        lambda: add_forward(x, x[:2], w, 1, 1e-5),
+        lambda: add_forward(x, x.double(), w, 1, 1e-5),
         lambda: backward(x[:2], None, x, w, rstd, 1, True, True),
         lambda: backward(x, None, x, w, rstd[:2], 1, True, True),
         lambda: backward(x, x[:2], x, w, rstd, 1, True, True),

@@ -20,7 +20,7 @@ def run_the_check() -> None:
 
 
 def no_op(f: Any, x: Tensor, residual: Any, weight: Any, dims: int, eps: float) -> Any:
-    y, total, rstd = f(x, residual, weight, dims, eps)
+    _, total, rstd = f(x, residual, weight, dims, eps)
     return (x if residual is None else total).clone(), total, rstd
 
 
@@ -59,7 +59,7 @@ def statistics_without_the_residual(
 
 
 def misses_the_projection(f: Any, grad: Tensor, grad_total: Any, x: Tensor, *rest: Any) -> Any:
-    grad_x, grad_weight = f(grad, grad_total, x, *rest)
+    _, grad_weight = f(grad, grad_total, x, *rest)
     weight, rstd = rest[0], rest[1]
     total = 0 if grad_total is None else grad_total
     return grad * weight * rstd[..., None] + total, grad_weight
@@ -82,6 +82,16 @@ def drops_a_row_from_grad_weight(f: Any, grad: Tensor, *rest: Any) -> Any:
     shortened = grad.clone()
     shortened[-1] = 0
     return f(grad, *rest)[0], f(shortened, *rest)[1]
+
+
+def with_residual(f: Any) -> Any:
+    """The kernel without a residual, called as if it took one."""
+
+    def forward(x: Tensor, residual: None, *rest: Any) -> Any:
+        y, rstd = f(x, *rest)
+        return y, x.new_empty(0), rstd
+
+    return forward
 
 
 FORWARD = [
@@ -108,7 +118,12 @@ def test_the_reference_passes() -> None:
 
 @pytest.mark.parametrize("change", FORWARD, ids=lambda f: f.__name__)
 def test_a_broken_forward_fails(change: Callable[..., Any]) -> None:
-    with mutant(change.__name__, rms_norm_forward=change), pytest.raises(AssertionError):
+    def without_residual(f: Any, x: Tensor, *rest: Any) -> Any:
+        y, _, rstd = change(with_residual(f), x, None, *rest)
+        return y, rstd
+
+    broken = {"rms_norm_forward": without_residual, "add_rms_norm_forward": change}
+    with mutant(change.__name__, **broken), pytest.raises(AssertionError):
         run_the_check()
 
 
