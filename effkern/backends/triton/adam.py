@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from effkern.backends.triton import multi_tensor
+from effkern.backends.triton.checks import check_lists
 from effkern.backends.triton.launch import COMPILER_OPTIONS, device_guard
 from effkern.backends.triton.multi_tensor import chunk_tensor, update_chunk
 from effkern.backends.triton.numerics import (
@@ -116,11 +117,14 @@ def adam_(
         return
     device = params[0].device
     with device_guard(params[0], "_adam_"):
+        lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+        if amsgrad:
+            lists["max_exp_avg_sqs"] = max_exp_avg_sqs
+        check_lists(params, lists, steps)
         for step in steps:
             step.add_(1)
-        states = (exp_avgs, exp_avg_sqs) + ((max_exp_avg_sqs,) if amsgrad else ())
         _launch(
-            _to_device(multi_tensor.build_table(params, grads, states), device),
+            _to_device(multi_tensor.build_table(params, list(lists.values())), device),
             _to_device(multi_tensor.build_chunks([param.numel() for param in params]), device),
             params[0].dtype,
             [float(step) for step in steps],
@@ -156,6 +160,11 @@ def adam_planned_(
     Returns:
         -1, or the index of the first gradient that is not as planned; then nothing was written.
     """
+    if len(grads) != table.shape[0]:
+        raise RuntimeError(
+            f"grads has {len(grads)} tensors; it must have one for each of the {table.shape[0]} "
+            "rows of table"
+        )
     with device_guard(device_table, "_adam_planned_"):
         layout = layouts.tolist()
         unplanned = multi_tensor.first_unplanned(grads, layout, device_table.device)

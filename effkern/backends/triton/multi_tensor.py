@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from effkern.backends.triton.checks import same_strides
 from effkern.backends.triton.numerics import to_accumulator, to_storage
 
 NUMEL, PARAM, GRAD, STATE0, STATE1, STATE2, STEP, STEPS, TABLE_COLUMNS = range(9)
@@ -148,20 +149,16 @@ def block_size(dtype: torch.dtype) -> int:
 
 
 def build_table(
-    params: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor],
-    states: Sequence[Sequence[torch.Tensor]],
+    params: Sequence[torch.Tensor], grads_and_states: Sequence[Sequence[torch.Tensor]]
 ) -> torch.Tensor:
-    """The table of tensors that no plan describes, on the CPU.
+    """The table of tensors that no plan describes, on the CPU; the columns of the steps stay 0.
 
-    ``states`` holds, for each state, one tensor per parameter. The columns of the step counters
-    stay 0.
+    ``grads_and_states`` holds lists of one tensor per parameter: the gradients, then each state.
     """
-    addresses = [[tensor.data_ptr() for tensor in column] for column in (params, grads, *states)]
+    columns = [[param.numel() for param in params]]
+    columns += [[tensor.data_ptr() for tensor in each] for each in (params, *grads_and_states)]
     table = torch.zeros(len(params), TABLE_COLUMNS, dtype=torch.int64)
-    table[:, : 1 + len(addresses)] = torch.tensor(
-        [[param.numel() for param in params], *addresses]
-    ).T
+    table[:, : len(columns)] = torch.tensor(columns).T
     return table
 
 
@@ -186,9 +183,15 @@ def first_unplanned(
     dtype, place = DTYPES[layouts[0]], 2
     for index, grad in enumerate(grads):
         dims = layouts[place]
-        planned = layouts[place + 1 : place + 1 + 2 * dims]
+        shape = layouts[place + 1 : place + 1 + dims]
+        strides = layouts[place + 1 + dims : place + 1 + 2 * dims]
         place += 1 + 2 * dims
-        if grad.dtype != dtype or grad.device != device or [*grad.shape, *grad.stride()] != planned:
+        if (
+            grad.dtype != dtype
+            or grad.device != device
+            or list(grad.shape) != shape
+            or not same_strides(shape, grad.stride(), strides)
+        ):
             return index
     return -1
 

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from effkern.backends.triton.checks import check_device, check_dtype, check_like
 from effkern.backends.triton.launch import COMPILER_OPTIONS, device_guard
 from effkern.backends.triton.numerics import (
     TRITON_DTYPE,
@@ -294,6 +295,9 @@ def rms_norm_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``effkern::_rms_norm_forward``: y, total (empty without a residual) and rstd."""
     rows, features, acc = _extents(x, dims)
+    if residual is not None:
+        check_like(residual, "residual", x, "x")
+    _check_weight(weight, features, x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = y.new_empty(0) if residual is None else torch.empty_like(y)
     rstd = torch.empty(x.shape[: x.dim() - dims], dtype=acc, device=x.device)
@@ -333,11 +337,20 @@ def rms_norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``effkern::_rms_norm_backward``: the gradients of x and weight, empty where not wanted."""
     rows, features, acc = _extents(x, dims)
+    check_like(grad, "grad", x, "x")
+    if grad_total is not None:
+        check_like(grad_total, "grad_total", x, "x")
+    _check_weight(weight, features, x)
+    check_device(rstd, "rstd", x, "x")
+    if rstd.dtype != acc or rstd.numel() != rows:
+        raise RuntimeError(
+            "rstd must be what the forward returned for x: one accumulation number a row"
+        )
     grad_x = torch.empty(x.shape if wants_x else 0, dtype=x.dtype, device=x.device)
     grad_weight = x.new_empty(0)
-    if weight is None:
-        wants_weight = False
-    elif wants_weight:
+    if wants_weight:
+        if weight is None:
+            raise RuntimeError("wants_weight is true; without a weight it must be false")
         grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
     with device_guard(x, "_rms_norm_backward"):
         if not rows or not features:
@@ -403,8 +416,23 @@ def rms_norm_backward(
 
 def _extents(x: torch.Tensor, dims: int) -> tuple[int, int, torch.dtype]:
     """The number of rows, the number of features, and the accumulation type."""
+    check_dtype(x, "x")
+    if not 0 < dims <= x.dim():
+        raise RuntimeError(f"dims is {dims}; it must be from 1 to the {x.dim()} dimensions of x")
     split = x.dim() - dims
     return math.prod(x.shape[:split]), math.prod(x.shape[split:]), accumulation_dtype(x.dtype)
+
+
+def _check_weight(weight: torch.Tensor | None, features: int, x: torch.Tensor) -> None:
+    if weight is None:
+        return
+    check_dtype(weight, "weight")
+    check_device(weight, "weight", x, "x")
+    if weight.numel() != features:
+        raise RuntimeError(
+            f"weight has {weight.numel()} elements; "
+            f"it must have the {features} of the normalised dimensions"
+        )
 
 
 def _stretch_rows(rows: int, tile_rows: int) -> int:

@@ -1,0 +1,4 @@
+from effkern.backends import choice
+
+# These run inside the process that test_interpreter.py starts.
+collect_ignore = [] if choice.triton_interprets() else ["test_bytes_and_launches.py"]
