@@ -1,0 +1,79 @@
+"""effkern.nn.RMSNorm as a drop-in for torch.nn.RMSNorm."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import effkern
+from effkern.nn import functional
+from tests.support.backends import Backend
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [16, (16,), (4, 4)])
+def test_same_as_torch(backend: Backend, affine: bool, shape: int | tuple[int, ...]) -> None:
+    make = {"elementwise_affine": affine, "eps": 1e-4, "device": backend.device}
+    stock, mine = torch.nn.RMSNorm(shape, **make), effkern.nn.RMSNorm(shape, **make)
+    if affine:
+        torch.nn.init.normal_(stock.weight)
+    mine.load_state_dict(stock.state_dict())
+    x = torch.randn(3, *([16] if shape != (4, 4) else [4, 4]), device=backend.device)
+    torch.testing.assert_close(mine(x), stock(x))
+
+
+def test_same_arguments_parameters_and_text() -> None:
+    stock = torch.nn.RMSNorm(8, 1e-5, dtype=torch.bfloat16)
+    mine = effkern.nn.RMSNorm(8, 1e-5, dtype=torch.bfloat16)
+    assert isinstance(mine, torch.nn.RMSNorm)
+    assert repr(mine) == repr(stock)
+    assert list(mine.state_dict()) == list(stock.state_dict()) == ["weight"]
+    assert mine.weight.dtype == torch.bfloat16
+    assert (mine.weight == 1).all()
+    assert effkern.nn.RMSNorm(8, elementwise_affine=False).weight is None
+
+
+def test_residual() -> None:
+    norm = effkern.nn.RMSNorm(8)
+    x, r = torch.randn(3, 8), torch.randn(3, 8)
+    y, total = norm(x, r)
+    assert torch.equal(total, x + r)
+    assert torch.equal(y, norm(x + r))
+
+
+def test_copies_and_pickles() -> None:
+    norm = effkern.nn.RMSNorm(8)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 8)
+    for twin in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        assert torch.equal(twin(x), norm(x))
+
+
+def test_functional_takes_torch_s_arguments() -> None:
+    x, w = torch.randn(2, 3, 8), torch.rand(8)
+    stock = torch.nn.functional.rms_norm(x, [8], w, 1e-3)
+    torch.testing.assert_close(functional.rms_norm(x, [8], w, 1e-3), stock)
+    torch.testing.assert_close(functional.rms_norm(x, torch.Size([8]), weight=w, eps=1e-3), stock)
+
+
+def test_a_small_model_trains_alike() -> None:
+    def train(norm: type[torch.nn.Module]) -> list[float]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(12, 24), norm(24), torch.nn.GELU(), torch.nn.Linear(24, 4)
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x, target = torch.randn(64, 12), torch.randint(4, (64,))
+        losses = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(model(x), target)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    assert train(effkern.nn.RMSNorm) == pytest.approx(train(torch.nn.RMSNorm), rel=1e-4)
