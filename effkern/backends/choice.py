@@ -116,6 +116,15 @@ def requested() -> str | None:
     return _choice.get()
 
 
+def default_backend(device: str) -> str:
+    """The backend of tensors on device type ``device`` where nobody asks for another."""
+    if device == "cpu":
+        return "cpu" if native.serves("CPU") else "reference"
+    if device == "cuda" and (native.serves("CUDA") or has_triton()):
+        return "cuda" if native.serves("CUDA") else "triton"
+    return "reference"
+
+
 def serving(device: str) -> str:
     """The backend that runs ops on tensors of device type ``device`` for the current caller.
 
@@ -125,11 +134,7 @@ def serving(device: str) -> str:
     """
     choice = requested()
     if choice is None:
-        if device == "cpu":
-            return "cpu" if native.serves("CPU") else "reference"
-        if device == "cuda" and (native.serves("CUDA") or has_triton()):
-            return "cuda" if native.serves("CUDA") else "triton"
-        return "reference"
+        return default_backend(device)
     status = check_available(choice)
     if status is not None and device not in status.devices:
         raise RuntimeError(

@@ -72,7 +72,7 @@ def fill_gaps() -> None:
     """Give each declared op an implementation for tensors whose library is not loaded."""
     for key in ("CPU", "CUDA"):
         if not native.serves(key):
-            backend = choice.serving(key.lower())
+            backend = choice.default_backend(key.lower())
             for name, (_, _, implementations) in declared.items():
                 if backend in implementations:
                     library.impl(name, implementations[backend], key)
