@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import effkern
 from effkern.bench import machine
-from effkern.bench.limits import Streams, copy_limit
+from effkern.bench.limits import Streams, copy_limit, moved_bytes
 from effkern.bench.peers import ADAMW, MakeStep, Peers, adamw_peers
 from effkern.bench.progress import Report, counter, silent
 from effkern.bench.results import COPY_LIMIT, OURS, Case, Result, make_rows
@@ -111,9 +111,7 @@ def measure(
     for name, make_step in list(peers.found.items()):
         try:
             contestants[name] = _contestant(make_step, random_tensors(), gradients)
-        except (
-            Exception
-        ) as error:  # a compiler that is missing, a package that does not fit this machine
+        except Exception as error:  # no compiler, a package that does not fit this machine
             peers.leave_out(name, error)
     contestants[COPY_LIMIT] = limit.contestant
 
@@ -128,7 +126,7 @@ def measure(
         between=Scrubber(device).scrub,
         on_round=counter(report, name, WARM_UP + settings.rounds),
     )
-    moved = (STREAMS.reads + STREAMS.writes) * elements * dtype.itemsize
+    moved = moved_bytes([STREAMS], elements * dtype.itemsize)
     rows = make_rows(times, bytes_moved=moved, limit_bytes=limit.bytes_moved)
     return Case(name, rows, moved, elements, limit.streams)
 

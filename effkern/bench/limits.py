@@ -43,6 +43,11 @@ class CopyLimit:
     streams: str
 
 
+def moved_bytes(passes: Sequence[Streams], buffer_bytes: int) -> int:
+    """What these passes over buffers of ``buffer_bytes`` bytes each read and write together."""
+    return sum(streams.reads + streams.writes for streams in passes) * buffer_bytes
+
+
 def copy_limit(passes: Sequence[Streams], *, buffer_bytes: int, device: torch.device) -> CopyLimit:
     """The limit for work that makes these passes over buffers of ``buffer_bytes`` bytes each.
 
@@ -75,6 +80,6 @@ def copy_limit(passes: Sequence[Streams], *, buffer_bytes: int, device: torch.de
 
     return CopyLimit(
         contestant=Contestant(run, Rotation(make, set_bytes=reads * buffer_bytes)),
-        bytes_moved=sum(p.reads + p.writes for p in passes) * buffer_bytes,
+        bytes_moved=moved_bytes(passes, buffer_bytes),
         streams=", then ".join(f"{p.reads} read, {p.writes} written" for p in passes),
     )

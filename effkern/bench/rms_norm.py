@@ -10,32 +10,16 @@ import torch
 from torch import Tensor
 
 from effkern.bench import call_overhead, machine
-from effkern.bench.limits import CopyLimit, Streams, copy_limit
+from effkern.bench.limits import copy_limit, moved_bytes
 from effkern.bench.memory import release_free_memory
+from effkern.bench.norm_work import MODES, NormWork
 from effkern.bench.peers import EPS, Norm, Peers, norm_peers
 from effkern.bench.progress import Report, counter, silent
 from effkern.bench.results import COPY_LIMIT, OURS, Case, Result, make_rows
-from effkern.bench.timers import Contestant, Rotation, alternate, clock_for
+from effkern.bench.timers import alternate, clock_for
 from effkern.nn import functional
 
 WARM_UP = 3
-
-#: What a call may do, and the passes over row-sized buffers that it cannot do without, by whether
-#: there is a residual. Forward reads x (and the residual) and writes y (and the sum); backward
-#: reads the gradient (and that of the sum) and the normalised input, and writes the input's
-#: gradient, which the residual shares.
-MODES: dict[str, dict[bool, tuple[Streams, ...]]] = {
-    "forward": {False: (Streams(1, 1),), True: (Streams(2, 2),)},
-    "backward": {False: (Streams(2, 1),), True: (Streams(3, 1),)},
-    "forward + backward": {
-        False: (Streams(1, 1), Streams(2, 1)),
-        True: (Streams(2, 2), Streams(3, 1)),
-    },
-}
-
-#: Warm: a call finds the memory that earlier calls freed. Fresh: it finds none, as in a program's
-#: first step.
-ALLOCATORS = ("warm", "fresh")
 
 
 @dataclass(frozen=True)
@@ -61,150 +45,89 @@ class RmsNormSettings:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Buffers:
-    """One call's inputs and incoming gradients, each (rows, features); two more with a residual."""
-
-    x: Tensor
-    residual: Tensor | None
-    grads: tuple[Tensor, ...]
-
-
 def run(settings: RmsNormSettings, report: Report = silent) -> Result:
     """Measure every hidden size, then what a call on a tiny input costs."""
-    device = torch.device(settings.device)
+    device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
     cases: list[Case] = []
-    notes: list[str] = []
     left_out: dict[str, str] = {}
     for hidden_size in settings.hidden_sizes:
         for with_residual in (False, True):
-            torch.compiler.reset()
+            torch.compiler.reset()  # or the shapes before count against its limit of recompilations
             peers = norm_peers(device, compiled=settings.compile)
-            cases += _measure_shape(hidden_size, with_residual, peers, settings, report)
+            work = NormWork(
+                settings.rows,
+                hidden_size,
+                dtype,
+                device,
+                with_residual=with_residual,
+                seed=settings.seed,
+            )
+            norms = {OURS: effkern_norm, **_working(peers, work)}
+            cases += _measure(work, norms, settings.rounds, report)
             left_out |= peers.left_out
-    if not release_free_memory(device):
-        notes.append("fresh allocator: not measured, this system's keeps the memory it has")
     cases += call_overhead.measure(device, seed=settings.seed, report=report)
     return Result(
-        "rms_norm", dataclasses.asdict(settings), machine.describe(), cases, left_out, notes
+        "rms_norm",
+        dataclasses.asdict(settings),
+        machine.describe(),
+        cases,
+        left_out,
+        notes=[
+            "warm allocator: a call finds the memory that earlier calls freed; fresh: it finds none"
+            + (" (not measured here)" if len(_allocators(device)) == 1 else "")
+        ],
     )
 
 
 def effkern_norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
-    """Effkern's contestant."""
+    """The contestant that the others are compared with, a `Norm`."""
     if residual is None:
         return (functional.rms_norm(x, weight.shape, weight, EPS),)
     return functional.rms_norm(x, weight.shape, weight, EPS, residual=residual)
 
 
-def _measure_shape(
-    hidden_size: int, with_residual: bool, peers: Peers, settings: RmsNormSettings, report: Report
-) -> list[Case]:
-    """Every mode and allocator for one shape; peers that fail are left out."""
-    device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
-    generator = torch.Generator(device=device).manual_seed(settings.seed)
-
-    def tensor(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=dtype, device=device)
-
-    def make() -> Buffers:
-        x, *more = (tensor(settings.rows, hidden_size) for _ in range(4 if with_residual else 2))
-        x.requires_grad_()
-        if not with_residual:
-            return Buffers(x, None, tuple(more))
-        return Buffers(x, more[0].requires_grad_(), tuple(more[1:]))
-
-    weight = tensor(hidden_size).requires_grad_()
-    row_bytes = settings.rows * hidden_size * dtype.itemsize
-    rotation = Rotation(make, set_bytes=row_bytes * (4 if with_residual else 2))
-    norms = {OURS: effkern_norm, **_working(peers, weight, rotation)}
-    allocators = ALLOCATORS if release_free_memory(device) else ALLOCATORS[:1]
-    shape = f"RMSNorm {settings.rows} x {hidden_size} {settings.dtype}" + (
-        " + residual" if with_residual else ""
-    )
-
-    measured = []
-    for mode, passes in MODES.items():
-        limit = copy_limit(passes[with_residual], buffer_bytes=row_bytes, device=device)
-        for allocator in allocators:
-            name = f"{shape}, {mode}, {allocator} allocator"
-            case = _measure_case(
-                name, mode, norms, weight, rotation, limit, settings, report, allocator == "fresh"
-            )
-            measured.append(case)
-    return measured
-
-
-def _working(peers: Peers, weight: Tensor, rotation: Callable[[], Buffers]) -> dict[str, Norm]:
-    """The peers that get through a forward and a backward pass here; compiles what compiles."""
+def _working(peers: Peers, work: NormWork) -> dict[str, Norm]:
+    """The peers that get through every mode here; compiles what compiles."""
     for name, norm in list(peers.found.items()):
         try:
             for mode in MODES:
-                contestant = _contestant(mode, norm, weight, rotation)
+                contestant = work.contestant(mode, norm)
                 contestant.run(contestant.prepare())
-        except (
-            Exception
-        ) as error:  # a compiler that is missing, a package that does not fit this machine
+        except Exception as error:  # no compiler, a package that does not fit this machine
             peers.leave_out(name, error)
     return peers.found
 
 
-def _measure_case(
-    name: str,
-    mode: str,
-    norms: Mapping[str, Norm],
-    weight: Tensor,
-    rotation: Callable[[], Buffers],
-    limit: CopyLimit,
-    settings: RmsNormSettings,
-    report: Report,
-    fresh: bool,
-) -> Case:
-    device = weight.device
-    contestants = {key: _contestant(mode, norm, weight, rotation) for key, norm in norms.items()}
-    contestants[COPY_LIMIT] = limit.contestant
-    times = alternate(
-        contestants,
-        rounds=settings.rounds,
-        warm_up=WARM_UP,
-        clock=clock_for(device),
-        between=(lambda: release_free_memory(device)) if fresh else None,
-        on_round=counter(report, name, WARM_UP + settings.rounds),
-    )
-    rows = make_rows(times, bytes_moved=limit.bytes_moved, limit_bytes=limit.bytes_moved)
-    elements = settings.rows * weight.numel()
-    return Case(name, rows, limit.bytes_moved, elements, limit.streams)
+def _allocators(device: torch.device) -> dict[str, Callable[[], object] | None]:
+    """What to do between two calls to meet each allocator; fresh only where that can be done."""
+    if not release_free_memory(device):
+        return {"warm": None}
+    return {"warm": None, "fresh": lambda: release_free_memory(device)}
 
 
-def _contestant(
-    mode: str, norm: Norm, weight: Tensor, rotation: Callable[[], Buffers]
-) -> Contestant:
-    def forward(buffers: Buffers) -> tuple[Tensor, ...]:
-        return norm(buffers.x, weight, buffers.residual)
-
-    def forward_only(buffers: Buffers) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return forward(buffers)
-
-    def backward(graph: tuple[Buffers, tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        buffers, outputs = graph
-        inputs = (
-            [buffers.x, weight]
-            if buffers.residual is None
-            else [buffers.x, weight, buffers.residual]
-        )
-        return torch.autograd.grad(outputs, inputs, buffers.grads)
-
-    def both(buffers: Buffers) -> tuple[Tensor, ...]:
-        outputs = forward(buffers)
-        return outputs + backward((buffers, outputs))
-
-    def forward_untimed() -> tuple[Buffers, tuple[Tensor, ...]]:
-        buffers = rotation()
-        return buffers, forward(buffers)
-
-    if mode == "forward":
-        return Contestant(forward_only, rotation)
-    if mode == "backward":
-        return Contestant(backward, forward_untimed)
-    return Contestant(both, rotation)
+def _measure(work: NormWork, norms: Mapping[str, Norm], rounds: int, report: Report) -> list[Case]:
+    """Every mode with every allocator."""
+    dtype = str(work.dtype).removeprefix("torch.")
+    shape = f"RMSNorm {work.rows} x {work.hidden_size} {dtype}"
+    if work.with_residual:
+        shape += " + residual"
+    cases = []
+    for mode in MODES:
+        passes = work.passes(mode)
+        moved = moved_bytes(passes, work.buffer_bytes)
+        limit = copy_limit(passes, buffer_bytes=work.buffer_bytes, device=work.device)
+        contestants = {name: work.contestant(mode, norm) for name, norm in norms.items()}
+        contestants[COPY_LIMIT] = limit.contestant
+        for allocator, between in _allocators(work.device).items():
+            name = f"{shape}, {mode}, {allocator} allocator"
+            times = alternate(
+                contestants,
+                rounds=rounds,
+                warm_up=WARM_UP,
+                clock=clock_for(work.device),
+                between=between,
+                on_round=counter(report, name, WARM_UP + rounds),
+            )
+            rows = make_rows(times, bytes_moved=moved, limit_bytes=limit.bytes_moved)
+            cases.append(Case(name, rows, moved, work.elements, limit.streams))
+    return cases

@@ -15,7 +15,8 @@ from effkern.bench import adam, rms_norm
 from effkern.bench.demo import train
 from effkern.bench.demo.model import ModelShape
 from effkern.bench.results import Result
-from effkern.cli import doctor, options
+from effkern.cli import console, doctor, options
+from effkern.cli.console import progress
 from effkern.version import __version__
 
 COMMANDS = ([], ["doctor"], ["demo"], ["bench"], ["bench", "adam"], ["bench", "rms_norm"])
@@ -263,30 +264,32 @@ assert "torch" not in sys.modules and "matplotlib" not in sys.modules
     assert finished.returncode == 0, finished.stderr
 
 
-def test_a_terminal_gets_a_bar():
-    code = """
-from effkern.cli.console import progress
-with progress() as report:
-    for done in range(4):
-        report("working", done, 3)
-"""
+def test_a_terminal_gets_a_bar(monkeypatch):
     terminal, other_end = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
-    subprocess.run([sys.executable, "-c", code], stderr=other_end, env=environment, check=True)
-    os.close(other_end)
-    shown = os.read(terminal, 65536).decode()
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(other_end, "w") as screen:
+        monkeypatch.setattr(sys, "stderr", screen)
+        with progress() as report:
+            for done in range(4):
+                report("working", done, 3)
+        shown = os.read(terminal, 65536).decode()
     os.close(terminal)
     assert "3/3" in shown
     assert "\x1b[" in shown
 
 
-def test_no_terminal_gets_plain_lines_not_too_many():
-    code = """
-from effkern.cli.console import progress
-with progress() as report:
-    for what in ("first", "second"):
-        for done in range(1000):
-            report(what, done, 999)
-"""
-    finished = run_python("-c", code)
-    assert finished.stderr.splitlines() == ["first: 0 of 999", "second: 0 of 999"]
+def test_no_terminal_gets_plain_lines_not_too_many(capsys):
+    with progress() as report:
+        for what in ("first", "second"):
+            for done in range(1000):
+                report(what, done, 999)
+    assert capsys.readouterr().err.splitlines() == ["first: 0 of 999", "second: 0 of 999"]
+
+
+def test_a_long_work_tells_how_far_it_is(capsys, monkeypatch):
+    seconds = iter(range(0, 1000, 4))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(seconds))
+    with progress() as report:
+        for done in range(8):
+            report("working", done, 7)
+    assert capsys.readouterr().err.splitlines() == [f"working: {done} of 7" for done in (0, 3, 6)]
