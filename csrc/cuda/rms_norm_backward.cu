@@ -1,11 +1,11 @@
 // RMSNorm backward: the gradient of x row by row, the gradient of the weight summed over all rows.
 //
-// Bytes: grad, x, grad_total and rstd are read once, grad_x written once. The weight is read for
-// each row, from cache. Rows of more than 8,192 features (4,096 in float64) do not fit in the
-// registers of a block: grad, x and rstd are read a second time, and a number a row goes from the
-// first pass to the second. The weight's gradient adds a write and a read of `features` numbers for
-// each of at most kMostShares shares, which are then summed in their order. Shares depend on the
-// shape and on alignment alone.
+// Bytes: grad, x and grad_total are read once, grad_x written once. From cache, rstd is read by
+// each thread of its row and the weight for each row. Rows of more than 8,192 features (4,096 in
+// float64) do not fit in the registers of a block: grad, x and rstd are read a second time, and a
+// number a row goes from the first pass to the second. The weight's gradient adds a write and a
+// read of `features` numbers for each of at most kMostShares shares, which are then summed in their
+// order. Shares depend on the shape and on alignment alone.
 //
 // Occupancy: 512 threads a multiprocessor where rows are held, so at most 128 registers a thread;
 // 1,024 threads elsewhere, at most 64 registers.

@@ -123,21 +123,34 @@ def build(*, sanitize: bool) -> Path:
         HERE / "simt.cpp",
         HERE / "simt_torch.cpp",
     ]
-    commands = {source: _command(source, sanitize) for source in sources}
-    path = ROOT / "build" / "simt" / _key(commands) / "libeffkern_simt.so"
+    # At run time the loader takes the libtorch_cpu that `import torch` has loaded.
+    link = ["-shared", "-L", str(_torch_include().parent / "lib"), "-ltorch_cpu"]
+    folder = ROOT / "build" / "simt" / _key(sanitize)
+    return _build(sources, link, folder / "libeffkern_simt.so", sanitize)
+
+
+def build_program(source: Path, path: Path) -> Path:
+    """Build one file with kernels and a ``main`` into a program at ``path``, with the sanitizers."""
+    return _build([source, HERE / "simt.cpp"], [], path, sanitize=True)
+
+
+def _build(sources: list[Path], link: list[str], path: Path, sanitize: bool) -> Path:
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        objects = {source: str(Path(scratch) / f"{source.name}.o") for source in sources}
+        objects = {source: f"{scratch}/{source.name}.o" for source in sources}
+
+        def compile_one(source: Path) -> None:
+            _run([*_command(source, sanitize), "-c", str(source), "-o", objects[source]])
+
         with ThreadPoolExecutor(max_workers=2) as pool:
-            list(pool.map(lambda s: _run([*commands[s], "-c", str(s), "-o", objects[s]]), sources))
-        library = Path(scratch) / path.name
-        # At run time the loader takes the libtorch_cpu that `import torch` has loaded.
-        torch_library = ("-L", str(_torch_include().parent / "lib"), "-ltorch_cpu")
-        link = [str(compiler()), "-shared", *_sanitizers(sanitize), *objects.values()]
-        _run([*link, *torch_library, "-o", str(library)])
-        library.replace(path)  # at once, so that two processes may build at the same time
+            list(pool.map(compile_one, sources))
+        finished = Path(scratch) / path.name
+        _run(
+            [str(compiler()), *_sanitizers(sanitize), *objects.values(), *link, "-o", str(finished)]
+        )
+        finished.replace(path)  # at once, so that two processes may build at the same time
     return path
 
 
@@ -145,7 +158,7 @@ def _command(source: Path, sanitize: bool) -> list[str]:
     """How a source is compiled, but for its name and its object's."""
     command = [
         str(compiler()),
-        *("-std=c++20", "-O1" if sanitize else "-O2", "-g1", "-fPIC", "-fvisibility=hidden"),
+        *("-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden"),
         *("-ffp-contract=off", "-fno-omit-frame-pointer"),
         *_sanitizers(sanitize),
         *("-I", str(ROOT / "csrc"), "-isystem", str(_torch_include())),
@@ -159,17 +172,17 @@ def _command(source: Path, sanitize: bool) -> list[str]:
 
 
 def _sanitizers(sanitize: bool) -> list[str]:
-    # Throwing between the library and torch confuses the check of vptr alone, which needs the type's definition.
     return ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if sanitize else []
 
 
-def _key(commands: dict[Path, list[str]]) -> str:
-    digest = hashlib.sha256(torch.__version__.encode())
-    for source, command in commands.items():
-        digest.update(repr((source.name, command)).encode())
-    headers = [p for f in ("csrc/common", "csrc/cuda", "csrc/math", "csrc/torch") for p in (ROOT / f).rglob("*.*")]
-    for path in sorted([*headers, *HERE.rglob("*.h"), *HERE.glob("*.cpp"), Path(__file__)]):
+def _key(sanitize: bool) -> str:
+    """A hash of all that goes into the library."""
+    digest = hashlib.sha256(repr((torch.__version__, compiler(), sanitize)).encode())
+    folders = [ROOT / "csrc" / name for name in ("common", "cuda", "math", "torch")]
+    files = [path for folder in [*folders, HERE] for path in folder.rglob("*.*")]
+    for path in sorted(path for path in files if path.suffix in (".h", ".cuh", ".cu", ".cpp")):
         digest.update(path.name.encode() + path.read_bytes())
+    digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -185,7 +198,9 @@ def _torch_include() -> Path:
 
 def _runtime(name: str) -> str:
     """The path of one of the compiler's own libraries."""
-    found = subprocess.run([str(compiler()), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [str(compiler()), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    )
     path = found.stdout.strip()
     if not os.path.isabs(path):
         raise RuntimeError(f"{compiler()} has no {name}")

@@ -1,0 +1,126 @@
+"""Every instance of every CUDA kernel runs, also from addresses that allow no 16-byte access, and agrees with the
+reference in the same dtype.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from effkern.backends.reference.dtypes import accumulation_dtype
+from tests.simt import build
+
+pytestmark = pytest.mark.skipif(not build.available(), reason="no C++ compiler")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+CHUNK = 8192
+
+
+def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(actual, expected, rtol=8 * eps, atol=32 * eps)
+
+
+def at_offset(tensor: Tensor, offset: int) -> Tensor:
+    """A contiguous copy that starts `offset` elements into its memory."""
+    memory = torch.empty(tensor.numel() + offset, dtype=tensor.dtype)[offset:]
+    return memory.copy_(tensor.flatten()).view(tensor.shape)
+
+
+#: Chunk tails, one full chunk, several chunks, nothing.
+SIZES = [1, 7, 8, 9, 0, 1025, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5]
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_adam_takes_any_address(dtype: torch.dtype, amsgrad: bool) -> None:
+    build.load()
+    scales = [1.0, 1.0, 0.1, 0.01, 0.02][: 5 if amsgrad else 4]
+    for unaligned in [None, *range(len(scales))]:  # which list starts off a multiple of 16 bytes
+        lists = []
+        for which, scale in enumerate(scales):
+            values = [torch.randn(size).mul(scale).to(dtype) for size in SIZES]
+            if which >= 3:  # running means of squares
+                values = [v.abs() for v in values]
+            lists.append([at_offset(v, int(which == unaligned)) for v in values])
+        lists += [[]] * (5 - len(lists))
+        steps = [torch.tensor(float(i % 3)) for i in range(len(SIZES))]
+        expected = [[t.clone() for t in tensors] for tensors in (*lists, steps)]
+        options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.01}
+        options |= {"decoupled": True, "amsgrad": amsgrad, "maximize": False}
+        torch.ops.effkern._adam_.simt(*lists, steps, **options)
+        torch.ops.effkern._adam_.reference(*expected, **options)
+        for mine, theirs in zip((*lists, steps), expected, strict=True):
+            for actual, wanted in zip(mine, theirs, strict=True):
+                close(actual, wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["held", "long"])
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+def test_rms_norm_takes_any_address(dtype: torch.dtype, kind: str, offset: int) -> None:
+    build.load()
+    ops = torch.ops.effkern
+    # 300 features: groups of several warps; 24: several rows to a warp.
+    for rows, features in [(9, 24), (5, 296), (40, 304)] if kind == "held" else [(9, 16400)]:
+        x, residual, grad, grad_total = (
+            at_offset(torch.randn(rows, features).to(dtype), offset) for _ in range(4)
+        )
+        for weight_dtype in {dtype, accumulation_dtype(dtype)}:
+            weight = at_offset(torch.rand(features).to(weight_dtype), offset)
+            outputs = []
+            for overload in ("simt", "reference"):
+                add_forward = getattr(ops._add_rms_norm_forward, overload)
+                forward = getattr(ops._rms_norm_forward, overload)
+                backward = getattr(ops._rms_norm_backward, overload)
+                y, total, rstd = add_forward(x, residual, weight, 1, 1e-5)
+                plain = forward(x, None, 1, 1e-5)
+                both = backward(grad, grad_total, total, weight, rstd, 1, True, True)
+                grad_x = backward(grad, None, total, None, rstd, 1, True, False)
+                grad_weight = backward(grad, None, total, weight, rstd, 1, False, True)
+                outputs.append([y, total, rstd, *plain, *both, *grad_x, *grad_weight])
+            for actual, expected in zip(*outputs, strict=True):
+                close(actual, expected, dtype)
+
+
+def test_every_instance_runs() -> None:
+    """8 of Adam's kernel (dtype, amsgrad), 16 of the forward's two and 24 of the backward's three (dtype, aligned or
+    not), 4 of the sum of shares (dtype).
+    """
+    simt = build.load()
+    for dtype, amsgrad in product(DTYPES, (False, True)):
+        state = [[torch.zeros(1, dtype=dtype)] for _ in range(5 if amsgrad else 4)] + [[]] * (
+            not amsgrad
+        )
+        scalars = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.01}
+        flags = {"decoupled": True, "amsgrad": amsgrad, "maximize": False}
+        torch.ops.effkern._adam_.simt(*state, [torch.tensor(0.0)], **scalars, **flags)
+    for dtype, features in product(DTYPES, (8, 9, 16400, 16401)):
+        x, weight = torch.randn(1, features).to(dtype), torch.ones(features, dtype=dtype)
+        _, rstd = torch.ops.effkern._rms_norm_forward.simt(x, weight, 1, 1e-5)
+        torch.ops.effkern._rms_norm_backward.simt(x, None, x, weight, rstd, 1, True, True)
+    assert simt.kernels() == 8 + 16 + 24 + 4
+
+
+@pytest.mark.parametrize("kind", ["groups of lanes", "groups of warps", "long rows"])
+def test_the_order_of_threads_and_blocks_changes_nothing(kind: str) -> None:
+    simt = build.load()
+    rows, features = {
+        "groups of lanes": (70, 24),
+        "groups of warps": (40, 700),
+        "long rows": (20, 8200),
+    }[kind]
+    x, grad, weight = torch.randn(rows, features), torch.randn(rows, features), torch.rand(features)
+    results = []
+    for seed in range(3):
+        simt.seed(seed)
+        y, rstd = torch.ops.effkern._rms_norm_forward.simt(x, weight, 1, 1e-5)
+        gradients = torch.ops.effkern._rms_norm_backward.simt(
+            grad, None, x, weight, rstd, 1, True, True
+        )
+        results.append([y, rstd, *gradients])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

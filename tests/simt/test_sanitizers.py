@@ -1,0 +1,43 @@
+"""The tests that name no backend, on the CUDA sources built with AddressSanitizer and UndefinedBehaviorSanitizer: no
+access out of bounds, none that its address does not allow, nothing undefined.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.simt import build
+
+
+@pytest.mark.skipif(not build.available(), reason="no C++ compiler")
+@pytest.mark.skipif(bool(os.environ.get(build.SANITIZE)), reason="this is the sanitized run")
+def test_the_suite_under_the_sanitizers() -> None:
+    build.build(sanitize=True)  # here, where the compiler itself is not slowed by them
+    folders = [str(build.ROOT / "tests" / name) for name in ("ops", "optim", "nn")]
+    folders.append(str(build.HERE / "test_every_kernel.py"))
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "simt",
+            *folders,
+        ],
+        cwd=build.ROOT,
+        env={**build.sanitized_environment(), "EFFKERN_TEST_BACKENDS": "simt"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    assert " passed" in result.stdout
