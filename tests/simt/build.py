@@ -1,8 +1,8 @@
 """Builds and loads the CUDA sources for the CPU: the backend named "simt".
 
-The unmodified ``csrc/cuda/*.cu`` and ``csrc/torch/cuda*.cpp`` are compiled with a C++ compiler against ``simt.h``, and
-register themselves as the overloads ``simt`` of the kernel ops. Libraries are kept in ``build/simt`` under a hash of all
-that goes into them.
+The unmodified ``csrc/cuda/*.cu`` and ``csrc/torch/cuda*.cpp`` are compiled with a C++ compiler
+against ``simt.h``, and register themselves as the overloads ``simt`` of the kernel ops. Libraries
+are kept in ``build/simt`` under a hash of all that goes into them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def available() -> bool:
 
 
 def sanitized_environment() -> dict[str, str]:
-    """The environment of a Python process that `load`s the library with AddressSanitizer and UndefinedBehaviorSanitizer.
+    """The environment of a Python process that loads the library with AddressSanitizer and
+    UndefinedBehaviorSanitizer.
 
     Raises:
         RuntimeError: if the compiler has no AddressSanitizer.
@@ -49,8 +50,7 @@ def sanitized_environment() -> dict[str, str]:
         **os.environ,
         SANITIZE: "1",
         "LD_PRELOAD": " ".join([asan, _runtime("libstdc++.so")]),
-        # Python itself leaks. Without a handler of its own, a fault in torch would be reported as ours.
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:halt_on_error=1",
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",  # Python itself leaks
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
     }
 
@@ -130,7 +130,7 @@ def build(*, sanitize: bool) -> Path:
 
 
 def build_program(source: Path, path: Path) -> Path:
-    """Build one file with kernels and a ``main`` into a program at ``path``, with the sanitizers."""
+    """Build a file with kernels and a ``main`` into a program at ``path``, with the sanitizers."""
     return _build([source, HERE / "simt.cpp"], [], path, sanitize=True)
 
 

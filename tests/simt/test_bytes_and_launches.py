@@ -82,8 +82,11 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor | None) -> Callab
 # The longest that registers hold: 16,384 features in packs of 16 bytes, or one by one.
 @pytest.mark.parametrize(
     ("features", "dtype"),
-    [(1, torch.float32), (64, torch.float32), (768, torch.bfloat16), (1023, torch.float32)]
-    + [
+    [
+        (1, torch.float32),
+        (64, torch.float32),
+        (768, torch.bfloat16),
+        (1023, torch.float32),
         (16383, torch.float16),
         (16384, torch.float32),
         (16384, torch.bfloat16),
@@ -134,8 +137,14 @@ def backward(
 
 @pytest.mark.parametrize(
     ("features", "dtype"),
-    [(1, torch.float32), (96, torch.bfloat16), (8191, torch.float32), (8192, torch.float32)]
-    + [(8192, torch.bfloat16), (4096, torch.float64)],
+    [
+        (1, torch.float32),
+        (96, torch.bfloat16),
+        (8191, torch.float32),
+        (8192, torch.float32),
+        (8192, torch.bfloat16),
+        (4096, torch.float64),
+    ],
 )
 def test_rms_norm_backward_moves_held_rows_once(features: int, dtype: torch.dtype) -> None:
     rows, size = 3, dtype.itemsize

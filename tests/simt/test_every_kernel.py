@@ -1,5 +1,5 @@
-"""Every instance of every CUDA kernel runs, also from addresses that allow no 16-byte access, and agrees with the
-reference in the same dtype.
+"""Every instance of every CUDA kernel runs, also from addresses that allow no 16-byte access, and
+agrees with the reference in the same dtype.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def test_rms_norm_takes_any_address(dtype: torch.dtype, kind: str, offset: int) 
 
 
 def test_every_instance_runs() -> None:
-    """8 of Adam's kernel (dtype, amsgrad), 16 of the forward's two and 24 of the backward's three (dtype, aligned or
-    not), 4 of the sum of shares (dtype).
+    """8 of Adam's kernel (dtype, amsgrad), 16 of the forward's two and 24 of the backward's three
+    (dtype, aligned or not), 4 of the sum of shares (dtype).
     """
     simt = build.load()
     for dtype, amsgrad in product(DTYPES, (False, True)):

@@ -1,5 +1,6 @@
-"""The tests that name no backend, on the CUDA sources built with AddressSanitizer and UndefinedBehaviorSanitizer: no
-access out of bounds, none that its address does not allow, nothing undefined.
+"""The tests that name no backend, on the CUDA sources built with AddressSanitizer and
+UndefinedBehaviorSanitizer: no access out of bounds or at an address that does not allow it, nothing
+undefined.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The CPU stand-in finds the faults it is there to find: a kernel with each of them fails, the right one does not."""
+"""The CPU stand-in for CUDA finds the faults it is there to find."""
 
 from __future__ import annotations
 
