@@ -20,8 +20,8 @@ from triton.runtime import interpreter
 def pytest_configure() -> None:
     """Patch triton.language once for the whole process.
 
-    The interpreter looks through all of it at each launch, and again at each call of a function by a
-    kernel: nine tenths of the time that small tests take.
+    The interpreter looks through all of it at each launch, and again at each call of a function by
+    a kernel: most of the time that a small test takes.
     """
     patch_language = interpreter._patch_lang
     patched: set[int] = set()

@@ -15,7 +15,13 @@ from xml.etree import ElementTree
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SUITES = ["tests/ops", "tests/optim", "tests/nn", "tests/triton/test_bytes_and_launches.py"]
+SUITES = [
+    "tests/ops",
+    "tests/optim",
+    "tests/nn",
+    "tests/triton/test_bytes_and_launches.py",
+    "tests/triton/test_numerics.py",
+]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

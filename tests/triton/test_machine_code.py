@@ -1,0 +1,96 @@
+"""What Triton's compiler makes of the kernels for sm_80, sm_90 and sm_100; no GPU is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+from effkern.backends import choice
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+    ),
+    pytest.mark.skipif(choice.triton_interprets(), reason="TRITON_INTERPRET=1 rules out compiling"),
+]
+
+#: These write a few numbers a row, or one row in all.
+WRITES_LITTLE = ("rms_norm_projection", "rms_norm_grad_weight")
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    from effkern.backends.triton import machine_code
+
+    return list(machine_code.rows())
+
+
+def test_every_kernel_is_there(rows: list[dict[str, Any]]) -> None:
+    from effkern.backends.triton import adam, machine_code, rms_norm
+
+    kernels = {
+        name.removesuffix("_kernel")
+        for module in (adam, rms_norm)
+        for name in vars(module)
+        if name.endswith("_kernel")
+    }
+    assert {row["kernel"].split()[1] for row in rows} == kernels
+    assert {row["arch"] for row in rows} == set(machine_code.ARCHITECTURES)
+
+
+def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
+    assert [row for row in rows if row["spill_bytes"] or row["local_bytes"]] == []
+
+
+def test_the_main_path_moves_16_bytes_at_a_time(rows: list[dict[str, Any]]) -> None:
+    assert [row for row in rows if not row["vector_loads"]] == []
+    main = [row for row in rows if row["kernel"].split()[1] not in WRITES_LITTLE]
+    assert [row for row in main if not row["vector_stores"]] == []
+
+
+def test_registers_allow_the_occupancy_that_the_kernels_state(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        kernel = row["kernel"]
+        if "adam float32" in kernel:
+            assert row["registers"] <= 64, row
+        elif "rms_norm_forward " in kernel:
+            assert row["registers"] <= 64, row  # up to 1,024 threads a program
+        elif "rms_norm_backward " in kernel:
+            assert row["registers"] <= 128, row  # up to 512 threads a program
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        pytest.param((1,), (1,), id="one element"),
+        pytest.param((1, 64), (64, 1), id="one row"),
+        pytest.param((7, 3), (3, 1), id="odd"),
+        pytest.param((5, 4, 3, 8), (7, 41, 1000, 1), id="three strides"),
+        pytest.param((3, 4096), (0, 1), id="expanded"),
+        pytest.param((2, 8193), (8193, 1), id="long and odd"),
+    ],
+)
+def test_what_a_launch_may_specialise_compiles(
+    shape: tuple[int, ...], strides: tuple[int, ...]
+) -> None:
+    """Triton compiles integers that are 1, and None, as constants: each is another program."""
+    from effkern.backends.triton.machine_code import record, resources
+    from effkern.backends.triton.rms_norm import rms_norm_backward, rms_norm_forward
+
+    x = torch.empty_strided(shape, strides, device="meta")
+    rstd = torch.empty(shape[:-1], device="meta")
+    weight = torch.empty(shape[-1], dtype=torch.float16, device="meta")
+
+    def calls() -> None:
+        rms_norm_forward(x, None, weight, 1, 1e-6)
+        rms_norm_forward(x, x, None, 1, 1e-6)
+        rms_norm_backward(x, None, x, None, rstd, 1, True, False)
+        rms_norm_backward(x, x, x, weight, rstd, 1, False, True)
+
+    launches = record(calls)
+    assert len(launches) >= 5
+    for launch in launches:
+        assert resources(launch, 90)["spill_bytes"] == 0
