@@ -183,15 +183,14 @@ def first_unplanned(
     dtype, place = DTYPES[layouts[0]], 2
     for index, grad in enumerate(grads):
         dims = layouts[place]
-        shape = layouts[place + 1 : place + 1 + dims]
-        strides = layouts[place + 1 + dims : place + 1 + 2 * dims]
+        planned = layouts[place + 1 : place + 1 + 2 * dims]
         place += 1 + 2 * dims
-        if (
-            grad.dtype != dtype
-            or grad.device != device
-            or list(grad.shape) != shape
-            or not same_strides(shape, grad.stride(), strides)
-        ):
+        if grad.dtype != dtype or grad.device != device:
+            return index
+        if [*grad.shape, *grad.stride()] == planned:
+            continue
+        shape, strides = planned[:dims], planned[dims:]
+        if list(grad.shape) != shape or not same_strides(shape, grad.stride(), strides):
             return index
     return -1
 
