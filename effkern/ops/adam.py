@@ -1,9 +1,9 @@
 """Adam's kernel ops: one from lists of tensors, one from a plan.
 
-``_adam_`` takes every tensor; torch.compile, opcheck and the reference backend use it.
-``_adam_planned_`` takes a table of addresses that `effkern.optim.plan` keeps between steps, so that
-only the gradients cross the boundary; what it writes is invisible to PyTorch, and its caller raises
-the version counters.
+``_adam_`` takes every tensor and raises the version counters of those it writes; torch.compile,
+opcheck and the reference backend use it. ``_adam_planned_`` takes a table of addresses that
+`effkern.optim.plan` keeps between steps, so that only the gradients cross the boundary; what it
+writes is invisible to PyTorch, and its caller raises the version counters.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from effkern.backends.reference import adam as reference
 from effkern.ops._declare import Family, declare, imported_at_first_call
+from effkern.ops._versions import raise_versions
 
 _SCALARS = (
     "float lr, float beta1, float beta2, float eps, float weight_decay,"
@@ -45,5 +46,6 @@ declare(
     reference=None,
     triton=imported_at_first_call("effkern.backends.triton.adam:adam_planned_"),
 )
+raise_versions("_adam_")
 from_lists = Family("_adam_")
 from_plan = Family("_adam_planned_")

@@ -1,3 +1,5 @@
+"""Adam and AdamW."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,14 +14,15 @@ __all__ = ["FusedAdam", "FusedAdamW"]
 
 
 class FusedAdam(FusedOptimizer):
-    """Drop-in for `torch.optim.Adam`: same arguments, state_dict and result, one kernel call for all parameters.
+    """Drop-in for `torch.optim.Adam`: same arguments, state_dict and result, in fused kernels.
 
-    Adam as in Kingma and Ba (2015), Algorithm 1; with ``decoupled_weight_decay`` as in Loshchilov and Hutter (2019),
-    Algorithm 2; with ``amsgrad`` as in Reddi et al. (2018). Parameters may be float32, float64, bfloat16 or float16;
-    the arithmetic is in float32, float64 for float64.
+    Adam as in Kingma and Ba (2015), Algorithm 1; with ``decoupled_weight_decay`` as in Loshchilov
+    and Hutter (2019), Algorithm 2; with ``amsgrad`` as in Reddi et al. (2018). Parameters may be
+    float32, float64, bfloat16 or float16; the arithmetic is in float32, float64 for float64.
 
     Args:
-        params: parameters, named parameters or parameter groups, as every `torch.optim.Optimizer` takes them.
+        params: parameters, named parameters or parameter groups, as every
+            `torch.optim.Optimizer` takes them.
         lr: the learning rate, a float or a one-element tensor.
         betas: decay rates of the running means of the gradient and of its square, in [0, 1).
         eps: added to the square root in the denominator.
@@ -34,8 +37,8 @@ class FusedAdam(FusedOptimizer):
 
     Raises:
         ValueError: for an argument out of range, as torch.optim.Adam.
-        RuntimeError: for ``capturable=True`` or ``differentiable=True``; from ``step`` for a parameter or gradient of
-            a kind that the kernels do not take.
+        RuntimeError: for ``capturable=True`` or ``differentiable=True``; from ``step`` for a
+            parameter, gradient or state that the kernels do not take.
     """
 
     _from_lists = _ops.from_lists
@@ -60,15 +63,15 @@ class FusedAdam(FusedOptimizer):
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-        if not 0.0 <= lr:
+        if not lr >= 0.0:
             raise ValueError(f"Invalid learning rate: {lr}")
-        if not 0.0 <= eps:
+        if not eps >= 0.0:
             raise ValueError(f"Invalid epsilon value: {eps}")
         betas = (float(betas[0]), float(betas[1]))
         for i, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        if not 0.0 <= weight_decay:
+        if not weight_decay >= 0.0:
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
         super().__init__(
             params,
@@ -83,33 +86,39 @@ class FusedAdam(FusedOptimizer):
                 "capturable": capturable,
                 "differentiable": differentiable,
                 "fused": fused,
-                "decoupled_weight_decay": decoupled_weight_decay if adam_w_mode is None else adam_w_mode,
+                "decoupled_weight_decay": decoupled_weight_decay
+                if adam_w_mode is None
+                else adam_w_mode,
             },
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, default in (("amsgrad", False), ("maximize", False), ("decoupled_weight_decay", False)):
+            for name, default in (
+                ("amsgrad", False),
+                ("maximize", False),
+                ("decoupled_weight_decay", False),
+            ):
                 group.setdefault(name, default)
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return _AMSGRAD_STATES if group["amsgrad"] else _STATES
 
-    def _list_arguments(self, states: Sequence[list[Tensor]]) -> Sequence[list[Tensor]]:
-        return states if len(states) == len(_AMSGRAD_STATES) else [*states, []]
+    def _list_arguments(self, states: Sequence[list[Tensor]]) -> list[list[Tensor]]:
+        return [*states] if len(states) == len(_AMSGRAD_STATES) else [*states, []]
 
     def _scalars(self, group: dict[str, Any]) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
         return {
             "lr": float(group["lr"]),
-            "beta1": beta1,
-            "beta2": beta2,
-            "eps": group["eps"],
-            "weight_decay": group["weight_decay"],
-            "decoupled": group["decoupled_weight_decay"],
-            "amsgrad": group["amsgrad"],
-            "maximize": group["maximize"],
+            "beta1": float(beta1),
+            "beta2": float(beta2),
+            "eps": float(group["eps"]),
+            "weight_decay": float(group["weight_decay"]),
+            "decoupled": bool(group["decoupled_weight_decay"]),
+            "amsgrad": bool(group["amsgrad"]),
+            "maximize": bool(group["maximize"]),
         }
 
 
@@ -149,3 +158,8 @@ class FusedAdamW(FusedAdam):
             fused=fused,
             differentiable=differentiable,
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True

@@ -1,4 +1,4 @@
-"""What the fused optimizers refuse, and how they name it."""
+"""What the fused optimizers refuse, and how they name it. Nothing here changes anything."""
 
 from __future__ import annotations
 
@@ -7,34 +7,87 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from effkern.optim.plan import DTYPE_CODES
 
 
 def name_of(group: dict[str, Any], param: Tensor) -> str:
+    """How messages call ``param``: by its name where the group has names, else by its index."""
     index = next(i for i, p in enumerate(group["params"]) if p is param)
     names = group.get("param_names")
     return f"parameter {names[index]!r}" if names else f"parameter {index} of its group"
 
 
 def check_param(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> None:
-    kind = type(optimizer).__name__
+    """Refuse a parameter that the kernels cannot update.
+
+    Raises:
+        RuntimeError: if its dtype is none of `DTYPE_CODES`, its layout is not strided, its elements
+            share memory, or it is a subclass that wraps other tensors.
+    """
+    problem = ""
     if param.dtype not in DTYPE_CODES:
-        raise RuntimeError(
-            f"{kind}: {name_of(group, param)} must be float32, float64, bfloat16 or float16, got {param.dtype}"
+        problem = f"must be float32, float64, bfloat16 or float16, got {param.dtype}"
+    elif param.layout != torch.strided:
+        problem = f"must be a dense tensor, got layout {param.layout}"
+    elif is_traceable_wrapper_subclass(param):
+        problem = f"must be a plain tensor, got {type(param).__name__}, which wraps others"
+    elif 0 in param.stride() and torch._debug_has_internal_overlap(param) == 1:
+        problem = (
+            "must have memory of its own for each element, got an expanded tensor of strides "
+            f"{param.stride()}"
         )
-    if param.layout != torch.strided:
-        raise RuntimeError(f"{kind}: {name_of(group, param)} must be a dense tensor, got layout {param.layout}")
+    if problem:
+        raise RuntimeError(f"{type(optimizer).__name__}: {name_of(group, param)} {problem}")
 
 
 def check_grad(optimizer: Optimizer, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
+    """Refuse a gradient that is sparse, or whose dtype, device or shape is not its parameter's.
+
+    Raises:
+        RuntimeError: as said.
+    """
     kind = type(optimizer).__name__
     if grad.layout != torch.strided:
-        raise RuntimeError(f"{kind} does not support sparse gradients: that of {name_of(group, param)} is {grad.layout}")
+        raise RuntimeError(
+            f"{kind} does not support sparse gradients: that of {name_of(group, param)} is "
+            f"{grad.layout}"
+        )
     for what, has, must in (
         ("dtype", grad.dtype, param.dtype),
         ("device", grad.device, param.device),
         ("shape", tuple(grad.shape), tuple(param.shape)),
     ):
         if has != must:
-            raise RuntimeError(f"{kind}: the gradient of {name_of(group, param)} must have {what} {must}, got {has}")
+            raise RuntimeError(
+                f"{kind}: the gradient of {name_of(group, param)} must have {what} {must}, "
+                f"got {has}"
+            )
+
+
+def check_state(
+    optimizer: Optimizer, group: dict[str, Any], param: Tensor, names: tuple[str, ...]
+) -> None:
+    """Refuse state, from a loaded state_dict say, that does not fit its parameter.
+
+    Raises:
+        RuntimeError: if a state tensor has another shape than the parameter, or the step counter
+            is not one number.
+    """
+    state = optimizer.state.get(param, {})
+    for name in names:
+        value = state.get(name)
+        if value is not None and (not isinstance(value, Tensor) or value.shape != param.shape):
+            has = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: state {name!r} of {name_of(group, param)} must have "
+                f"shape {tuple(param.shape)}, got {has}"
+            )
+    step = state.get("step", 0)
+    if not (isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1)):
+        has = tuple(step.shape) if isinstance(step, Tensor) else type(step).__name__
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: state 'step' of {name_of(group, param)} must be one "
+            f"number, got {has}"
+        )

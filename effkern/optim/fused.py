@@ -1,4 +1,4 @@
-"""The base of every fused optimizer: state, plans, and one kernel call for all parameters of a kind."""
+"""The base of every fused optimizer: its state, and the step that every update rule shares."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, _get_scalar_dtype
+from torch.optim.optimizer import Optimizer
 
 from effkern.ops._declare import Family
-from effkern.optim.checks import check_grad, check_param
+from effkern.optim.checks import check_grad, check_param, check_state
 from effkern.optim.prepared import Prepared
+from effkern.optim.state import complete, step_counter
+from effkern.optim.traced import step_lists
 
 
 class FusedOptimizer(Optimizer):
-    """A `torch.optim.Optimizer` whose step is one multi-tensor kernel call for each dtype and device of a group.
+    """A `torch.optim.Optimizer` that updates all parameters of a group in one kernel call.
 
-    A subclass is one update rule. It names the kernel ops and says which state tensors a group keeps and which
-    scalars its step takes.
+    One call for each dtype and device, to be exact. A subclass is one update rule: it names the
+    kernel ops and says which state tensors a group keeps and which scalars its step takes.
     """
 
     #: The rule's kernel op on lists of tensors, and on a plan.
@@ -26,33 +28,36 @@ class FusedOptimizer(Optimizer):
     _from_plan: Family
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        kind = type(self).__name__
         if defaults["differentiable"]:
             raise RuntimeError(
-                f"{type(self).__name__} does not support differentiable=True: its step runs in fused kernels"
+                f"{kind} does not support differentiable=True: its step runs in fused kernels"
             )
         if defaults["capturable"]:
-            raise RuntimeError(f"{type(self).__name__} does not support capturable=True: its step counters are on the host")
-        self._prepared: list[Prepared | None] = []
+            raise RuntimeError(
+                f"{kind} does not support capturable=True: its step counters are on the host"
+            )
+        self._prepared: Prepared | None = None
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._prepared = []
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        self._prepared = []
+        self._prepared = None
+        for of_param in self.state.values():
+            # PyTorch before 1.12 kept step as a number.
+            if isinstance(of_param.get("step"), (int, float)):
+                of_param["step"] = step_counter(of_param["step"])
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """The keys of the state tensors of a parameter of ``group``, in the order of the kernel's arguments."""
+        """The keys of a parameter's state tensors, in the order of the kernel's arguments."""
         raise NotImplementedError
 
     def _scalars(self, group: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of the kernel that are not tensors."""
         raise NotImplementedError
 
-    def _list_arguments(self, states: Sequence[list[Tensor]]) -> Sequence[list[Tensor]]:
-        """The states as the op on lists takes them: an empty list for each kind that a group may lack."""
+    def _list_arguments(self, states: Sequence[list[Tensor]]) -> list[list[Tensor]]:
+        """The states as the op on lists takes them: an empty list for a kind that is not kept."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -66,7 +71,7 @@ class FusedOptimizer(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: if a parameter or gradient is of a kind that the kernels do not take; nothing was changed.
+            RuntimeError: if a parameter, a gradient or a state is refused; nothing was changed.
         """
         loss = None
         if closure is not None:
@@ -75,34 +80,64 @@ class FusedOptimizer(Optimizer):
         if torch.compiler.is_compiling():
             for group in self.param_groups:
                 self._step_traced(group)
-            return loss
-        self._refuse_graph_capture()
-        ready = self._prepare()
-        for group, prepared, grads in ready:
-            prepared.run(grads, self._scalars(group))
+        else:
+            self._step_eagerly()
         return loss
 
-    def _refuse_graph_capture(self) -> None:
-        """PyTorch's own check that nobody captures a step with its counters on the host."""
-        for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
-            if check := getattr(self, name, None):
-                return check()
+    def _step_eagerly(self) -> None:
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{type(self).__name__} cannot step while a CUDA graph is captured: its step "
+                "counters are on the host"
+            )
+        if self._prepared is not None and self._run(self._prepared):
+            return
+        self._prepared = None  # what it keeps of the old tensors goes before new ones are made
+        self._prepared = Prepared(self)
+        if not self._run(self._prepared):
+            raise RuntimeError(f"{type(self).__name__}: a tensor was moved while the step ran")
+
+    def _run(self, prepared: Prepared) -> bool:
+        """Update by ``prepared``; False, and nothing written, where it no longer holds."""
+        grads = prepared.current_grads(self)
+        if grads is None:
+            return False
+        try:
+            return prepared.run(self, grads)
+        except RuntimeError:
+            self._check_grads()  # names the gradient, if that is what the kernel refused
+            raise
+
+    def _check_grads(self) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    check_grad(self, group, param, param.grad)
 
     # ---- the compiled step ----
 
     def _init_group(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], steps: list[Tensor], *states: list[Tensor]
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        steps: list[Tensor],
+        *states: list[Tensor],
     ) -> None:
         """Fill the lists with every parameter that has a gradient, its gradient and its state.
 
-        Dynamo runs this method by its name, outside the graph, and takes what it lists as inputs of the graph.
+        Dynamo runs this method by its name, outside the graph, and takes what it lists as inputs
+        of the graph.
         """
         names = self._state_names(group)
-        for index, param in enumerate(group["params"]):
-            if param.grad is None:
-                continue
+        chosen = [param for param in group["params"] if param.grad is not None]
+        for param in chosen:
             check_param(self, group, param)
-            state = self._state_of(group, param)
+            check_grad(self, group, param, param.grad)
+            check_state(self, group, param, names)
+        for param in chosen:
+            state = self.state[param]
+            complete(state, param, names)
             params.append(param)
             grads.append(param.grad)
             steps.append(state["step"])
@@ -115,41 +150,4 @@ class FusedOptimizer(Optimizer):
         steps: list[Tensor] = []
         states: list[list[Tensor]] = [[] for _ in self._state_names(group)]
         self._init_group(group, params, grads, steps, *states)
-        if params:
-            (kernel,) = self._from_lists(params[0])
-            kernel(params, grads, *self._list_arguments(states), steps, **self._scalars(group))
-
-    # ---- the eager step ----
-
-    def _state_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
-        """A parameter's state, made at its first step; a step counter from elsewhere is brought to the host."""
-        state: dict[str, Any] = self.state[param]
-        step = state.get("step")
-        if step is None:
-            state["step"] = torch.tensor(0.0, dtype=_get_scalar_dtype())
-        elif not (isinstance(step, Tensor) and step.is_cpu and step.dim() == 0 and step.dtype in (torch.float32, torch.float64)):
-            state["step"] = torch.tensor(float(step), dtype=_get_scalar_dtype())
-        for name in self._state_names(group):
-            if name not in state:
-                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        return state
-
-    def _prepare(self) -> list[tuple[dict[str, Any], Prepared, list[Tensor]]]:
-        """For every group what to run and the gradients to run it on. Refuses here, before anything is written."""
-        if len(self._prepared) != len(self.param_groups):
-            self._prepared = [None] * len(self.param_groups)
-        ready = []
-        for i, group in enumerate(self.param_groups):
-            prepared = self._prepared[i]
-            grads = prepared.current_grads(group) if prepared is not None else None
-            if prepared is None or grads is None:
-                prepared = self._prepared[i] = Prepared(self, group)
-                grads = [param.grad for param in prepared.params]
-            ready.append((group, prepared, grads))
-        if sum(len(prepared.calls) for _, prepared, _ in ready) > 1:
-            # A call checks its own gradients before it writes; of several, none may write before all are checked.
-            for group, prepared, grads in ready:
-                for param, grad in zip(prepared.params, grads, strict=True):
-                    if grad.dtype != param.dtype or grad.shape != param.shape or grad.layout != torch.strided:
-                        check_grad(self, group, param, grad)
-        return ready
+        step_lists(self, group, params, grads, steps, states)

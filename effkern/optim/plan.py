@@ -1,12 +1,11 @@
-"""What a multi-tensor step keeps between calls: the addresses of everything but the gradients.
+"""The tables of a multi-tensor step: the addresses of everything but the gradients.
 
-The layout of the tables is that of ``csrc/common/multi_tensor.h``.
+Their layout is that of ``csrc/common/multi_tensor.h``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -17,8 +16,7 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 #: Elements in one block of GPU work.
 CHUNK = 8192
 
-_MOST_STATES = 3
-_data_ptr = Tensor.data_ptr
+_NUMEL, _PARAM, _STATES, _STEP, _COLUMNS = 0, 1, 3, 6, 8
 
 
 class Plan:
@@ -26,13 +24,19 @@ class Plan:
 
     Args:
         params: of one dtype and device, each dense in memory.
-        states: for each kind of state, one tensor per parameter, of the parameter's dtype, shape and strides.
-        steps: one 0-dim CPU tensor per parameter, all float32 or all float64.
-        backend: which will run it; on "cpu" the table is read in place and there are no chunks.
+        states: for each kind of state, one tensor per parameter, of the parameter's dtype, device,
+            shape and order of memory.
+        steps: one number per parameter, CPU tensors, all float32 or all float64.
+        on_cpu: whether the CPU library will run it, which reads ``table`` in place and cuts the
+            work by itself.
 
     Attributes:
-        table, device_table, chunks, layouts: what the planned op takes.
-        tensors: everything a step writes, whose version counters its caller raises.
+        table: int64 (parameters, 8) on the CPU: a row of addresses for each parameter. The
+            gradients' are filled in at each step.
+        device_table: the same on the parameters' device; ``table`` itself with ``on_cpu``.
+        chunks: int32 (blocks, 2) on the parameters' device: what each block of GPU work does; no
+            blocks with ``on_cpu``.
+        layouts: int64, what each gradient must look like.
     """
 
     def __init__(
@@ -40,39 +44,42 @@ class Plan:
         params: Sequence[Tensor],
         states: Sequence[Sequence[Tensor]],
         steps: Sequence[Tensor],
-        backend: str,
+        on_cpu: bool,
     ) -> None:
-        self.tensors = [*params, *chain.from_iterable(states), *steps]
-        self._addresses = list(map(_data_ptr, self.tensors))
-
-        columns = [torch.zeros(len(params), dtype=torch.int64) for _ in range(3 + _MOST_STATES + 2)]
-        columns[0] = torch.tensor([p.numel() for p in params])
-        columns[1] = torch.tensor(list(map(_data_ptr, params)))
+        self.table = torch.zeros((len(params), _COLUMNS), dtype=torch.int64, device="cpu")
+        self.table[:, _NUMEL] = _int64([p.numel() for p in params])
+        self.table[:, _PARAM] = _addresses(params)
         for i, state in enumerate(states):
-            columns[3 + i] = torch.tensor(list(map(_data_ptr, state)))
-        columns[3 + _MOST_STATES] = torch.tensor(list(map(_data_ptr, steps)))
-        self.table = torch.stack(columns, dim=1)
+            self.table[:, _STATES + i] = _addresses(state)
+        self.table[:, _STEP] = _addresses(steps)
 
         layouts = [DTYPE_CODES[params[0].dtype], int(steps[0].dtype == torch.float64)]
         for p in params:
             layouts += [p.dim(), *p.shape, *p.stride()]
-        self.layouts = torch.tensor(layouts, dtype=torch.int64)
+        self.layouts = _int64(layouts)
 
-        if backend == "cpu":
-            self.device_table, self.chunks = self.table, torch.empty((0, 2), dtype=torch.int32)
+        if on_cpu:
+            self.device_table = self.table
+            self.chunks = torch.empty((0, 2), dtype=torch.int32, device="cpu")
         else:
             device = params[0].device
             self.device_table = self.table.to(device, copy=True)
-            self.chunks = _chunks(columns[0]).to(device)
+            self.chunks = _chunks(self.table[:, _NUMEL]).to(device)
 
-    def is_current(self) -> bool:
-        """Whether every tensor still stands where it stood: ``.data =`` or a resized storage moves it."""
-        return list(map(_data_ptr, self.tensors)) == self._addresses
+
+# Devices are named, for torch.set_default_device.
+def _int64(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Tensor:
+    return _int64([tensor.data_ptr() for tensor in tensors])
 
 
 def _chunks(numels: Tensor) -> Tensor:
-    """(tensor, index of a stretch of `CHUNK` elements in it), int32, for each stretch of each tensor."""
+    """(tensor, index of a stretch of `CHUNK` elements in it) for each stretch of each tensor."""
     counts = (numels + CHUNK - 1) // CHUNK
-    tensor = torch.repeat_interleave(torch.arange(len(numels)), counts)
+    tensor = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), counts)
     first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    return torch.stack([tensor, torch.arange(len(tensor)) - first], dim=1).to(torch.int32)
+    index = torch.arange(len(tensor), device="cpu") - first
+    return torch.stack([tensor, index], dim=1).to(torch.int32)

@@ -1,154 +1,221 @@
-"""What a group's steps keep between calls, and when it no longer holds."""
+"""What an optimizer's steps keep between calls, and when it no longer holds."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from effkern.backends import choice
-from effkern.optim.checks import check_grad, check_param
-from effkern.optim.plan import Plan
+from effkern.optim.calls import ListedCall, PlannedCall
+from effkern.optim.checks import check_grad, check_param, check_state
+from effkern.optim.layout import share_memory
+from effkern.optim.state import complete
 
 if TYPE_CHECKING:
     from effkern.optim.fused import FusedOptimizer
 
+_grad = attrgetter("grad")
+_kinds = tuple(map(attrgetter, ("shape", "dtype", "device", "layout")))
+_data_ptr, _numel, _is_contiguous = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
+
 
 class Prepared:
-    """What one group's steps need, as long as nobody moves or replaces a tensor.
+    """The kernel calls of a step, as long as nobody moves or replaces a tensor.
 
-    Parameters are sorted into calls of one dtype and device each. Those that no plan can hold (a backend without
-    plans, or tensors whose elements do not lie alike in memory) go through the op on lists.
+    Made once, checked at every step, and made anew when a check of `current_grads` fails:
+
+    ==============================================  ============================================
+    what may have happened since                    what notices
+    ==============================================  ============================================
+    a group or a parameter added, removed, moved    the groups and their parameters, by identity
+    amsgrad switched                                the names of each group's states
+    another backend chosen                          the choice itself
+    a parameter got its first gradient, or has      the gradients of the others are still None;
+    none any more                                   the types of these are what they were
+    state loaded, cleared, replaced, an entry       keys and values of ``optimizer.state``, and
+    of a parameter's state replaced                 the entries, by identity
+    ``.data =``, ``.to()``, ``share_memory_()``,    the addresses of parameters, states and steps
+    a storage resized
+    ``.data =`` another view of the same memory     numbers of elements, contiguity, and where a
+                                                    parameter is not contiguous its strides
+    a gradient of another dtype, device, layout     the kernel, before it writes; in Python where
+    or shape                                        a step takes several calls, or the reference's
+    ==============================================  ============================================
+
+    Gradients are new at each step, so their addresses and strides are not part of this.
+    A view of the same memory under a *state* tensor is not looked for.
+
+    It keeps no reference to its optimizer, whose memory a cycle would hold until the next
+    garbage collection.
+
+    Args:
+        optimizer: whose parameters are checked first. Nothing is changed where one is refused;
+            then states are made for those that have none.
+
+    Raises:
+        RuntimeError: if a parameter, gradient or state is refused, or no backend takes it.
     """
 
-    def __init__(self, optimizer: FusedOptimizer, group: dict[str, Any]) -> None:
-        self.optimizer = optimizer
-        self.group = group
-        self.options = tuple(optimizer._state_names(group))
-        self.all_params = list(group["params"])
-        self.params: list[Tensor] = []
-        self.without_grad: list[Tensor] = []
-        for index, param in enumerate(self.all_params):
-            if param.grad is None:
-                self.without_grad.append(param)
-            else:
+    def __init__(self, optimizer: FusedOptimizer) -> None:
+        groups = optimizer.param_groups
+        self._groups = list(groups)
+        self._members = [list(group["params"]) for group in groups]
+        self._names = [optimizer._state_names(group) for group in groups]
+        self._choice = choice.requested()
+        self._params: list[Tensor] = []
+        self._idle: list[Tensor] = []
+        of_group: list[list[Tensor]] = []
+        for group, names in zip(groups, self._names, strict=True):
+            of_group.append([])
+            for param in group["params"]:
+                if param.grad is None:
+                    self._idle.append(param)
+                    continue
                 check_param(optimizer, group, param)
                 check_grad(optimizer, group, param, param.grad)
-                self.params.append(param)
-        self.choice = choice.requested()
-        # All checks passed: state may be made now.
-        self.states = [optimizer._state_of(group, param) for param in self.params]
-        sorted_by: dict[tuple[Any, ...], list[int]] = {}
-        for position, (param, state) in enumerate(zip(self.params, self.states, strict=True)):
-            backend = choice.serving(param.device.type)
-            planned = backend != "reference" and _lie_alike(param, [state[name] for name in self.options])
-            key = (planned, backend, param.device, param.dtype, state["step"].dtype)
-            sorted_by.setdefault(key, []).append(position)
-        self.calls = [
-            _Planned(self, positions, backend) if planned else _Listed(self, positions)
-            for (planned, backend, *_), positions in sorted_by.items()
-        ]
+                check_state(optimizer, group, param, names)
+                of_group[-1].append(param)
+            self._params += of_group[-1]
+        backends = {kind: choice.serving(kind) for kind in {p.device.type for p in self._params}}
 
-    def current_grads(self, group: dict[str, Any]) -> list[Tensor] | None:
+        # Nothing is refused from here on.
+        self._holders = []
+        entries: list[Tensor] = []
+        self._calls: list[_Call] = []
+        for group, names, params in zip(groups, self._names, of_group, strict=True):
+            states = [optimizer.state[param] for param in params]
+            for param, state in zip(params, states, strict=True):
+                complete(state, param, names)
+            self._holders.append((itemgetter(*names, "step"), states))
+            entries += [state[name] for state in states for name in (*names, "step")]
+            first = sum(len(call.which) for call in self._calls)
+            self._calls += _calls(optimizer, group, names, params, states, backends, first)
+
+        self._grad_types = {type(param.grad) for param in self._params}
+        alone = len(self._calls) == 1 and isinstance(self._calls[0].kernel, PlannedCall)
+        self._must_be = None if alone else [list(map(kind, self._params)) for kind in _kinds]
+        self._owners, self._states = list(optimizer.state), list(optimizer.state.values())
+        self._entries = entries
+        self._tensors = [*self._params, *entries]
+        self._addresses = list(map(_data_ptr, self._tensors))
+        self._numels = list(map(_numel, self._params))
+        self._contiguous = list(map(_is_contiguous, self._params))
+        self._strided = [p for p in self._params if not p.is_contiguous()]
+        self._strides = [p.stride() for p in self._strided]
+        # Tensors made in inference mode have no version counters.
+        self._versioned = [t for t in self._tensors if not t.is_inference()]
+
+    def current_grads(self, optimizer: FusedOptimizer) -> list[Tensor] | None:
         """The gradients for this step; None where what was prepared no longer holds."""
-        params = group["params"]
+        groups = optimizer.param_groups
         if (
-            group is not self.group
-            or len(params) != len(self.all_params)
-            or not all(map(is_, params, self.all_params))
-            or self.options != self.optimizer._state_names(group)
-            or self.choice != choice.requested()
-            or any(param.grad is not None for param in self.without_grad)
+            not _same(groups, self._groups)
+            or not all(map(_same, map(itemgetter("params"), groups), self._members))
+            or [optimizer._state_names(group) for group in groups] != self._names
+            or choice.requested() != self._choice
         ):
             return None
-        grads = [param.grad for param in self.params]
-        if not set(map(type, grads)) <= _PLAIN:
+        grads = list(map(_grad, self._params))
+        if (
+            set(map(type, grads)) != self._grad_types
+            or any(param.grad is not None for param in self._idle)
+            or not self._stands(optimizer)
+        ):
             return None
-        state = self.optimizer.state
-        if any(state.get(p) is not s for p, s in zip(self.params, self.states, strict=True)):
+        if self._must_be and [list(map(kind, grads)) for kind in _kinds] != self._must_be:
             return None
-        return grads if all(call.is_current() for call in self.calls) else None
+        return grads
 
-    def run(self, grads: list[Tensor], scalars: dict[str, Any]) -> None:
-        for call in self.calls:
-            call.run(grads if len(call.positions) == len(grads) else [grads[i] for i in call.positions], scalars)
+    def _stands(self, optimizer: FusedOptimizer) -> bool:
+        """Whether every tensor that a step writes is still there, where it was."""
+        state = optimizer.state
+        if not (_same(state, self._owners) and _same(state.values(), self._states)):
+            return False
+        try:
+            entries = chain.from_iterable(chain.from_iterable(map(g, h)) for g, h in self._holders)
+            if not all(map(is_, entries, self._entries)):
+                return False
+        except KeyError:
+            return False
+        return (
+            list(map(_data_ptr, self._tensors)) == self._addresses
+            and list(map(_numel, self._params)) == self._numels
+            and list(map(_is_contiguous, self._params)) == self._contiguous
+            and [p.stride() for p in self._strided] == self._strides
+        )
 
+    def run(self, optimizer: FusedOptimizer, grads: list[Tensor]) -> bool:
+        """Update every parameter.
 
-_PLAIN = {Tensor, torch.nn.Parameter}
+        Args:
+            optimizer: the one this was made for.
+            grads: what `current_grads` gave.
 
-
-class _Planned:
-    """A call by plan."""
-
-    def __init__(self, prepared: Prepared, positions: list[int], backend: str) -> None:
-        self.positions = positions
-        self._prepared = prepared
-        self._params = [prepared.params[i] for i in positions]
-        self._holders = [prepared.states[i] for i in positions]
-        self._names = (*prepared.options, "step")
-        states = [[state[name] for state in self._holders] for name in prepared.options]
-        steps = [state["step"] for state in self._holders]
-        self._plan = Plan(self._params, states, steps, backend)
-        (self._kernel,) = prepared.optimizer._from_plan(self._params[0])
-
-    def is_current(self) -> bool:
-        held = chain(self._params, *([s.get(name) for s in self._holders] for name in self._names))
-        return all(map(is_, held, self._plan.tensors)) and self._plan.is_current()
-
-    def run(self, grads: list[Tensor], scalars: dict[str, Any]) -> None:
-        plan = self._plan
-        torch.autograd.graph.increment_version(plan.tensors)
-        tables = (plan.table, plan.device_table, plan.chunks, plan.layouts)
-        if self._kernel(*tables, grads, **scalars) >= 0:
-            # Some gradient does not lie in memory as its parameter does; nothing was written yet.
-            optimizer, group = self._prepared.optimizer, self._prepared.group
-            for param, grad in zip(self._params, grads, strict=True):
-                check_grad(optimizer, group, param, grad)
-            alike = [_laid_out_like(g, p) for g, p in zip(grads, self._params, strict=True)]
-            if self._kernel(*tables, alike, **scalars) >= 0:
-                raise RuntimeError("a gradient changed while the step was running")
-
-
-class _Listed:
-    """A call by lists, one parameter after another in plain PyTorch."""
-
-    def __init__(self, prepared: Prepared, positions: list[int]) -> None:
-        self.positions = positions
-        self._optimizer = prepared.optimizer
-        self._params = [prepared.params[i] for i in positions]
-        self._holders = [prepared.states[i] for i in positions]
-        self._names = prepared.options
-
-    def is_current(self) -> bool:
+        Returns:
+            False if what was prepared no longer holds after all; then nothing was written.
+        """
+        scalars = [optimizer._scalars(call.group) for call in self._calls]
+        for call, arguments in zip(self._calls, scalars, strict=True):
+            part = grads if len(call.which) == len(grads) else [grads[i] for i in call.which]
+            if not call.kernel.run(part, arguments):
+                return False
+        torch.autograd.graph.increment_version(self._versioned)
         return True
 
-    def run(self, grads: list[Tensor], scalars: dict[str, Any]) -> None:
-        states = [[state[name] for state in self._holders] for name in self._names]
-        steps = [state["step"] for state in self._holders]
-        with choice.use_backend("reference"):
-            (kernel,) = self._optimizer._from_lists(self._params[0])
-        kernel(self._params, grads, *self._optimizer._list_arguments(states), steps, **scalars)
+
+@dataclass
+class _Call:
+    """One kernel call, of what group it is, and which of all gradients it takes."""
+
+    kernel: PlannedCall | ListedCall
+    group: dict[str, Any]
+    which: list[int]
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, each once, in whatever order of dimensions."""
-    return torch.ops.aten.is_non_overlapping_and_dense(tensor)
+def _calls(
+    optimizer: FusedOptimizer,
+    group: dict[str, Any],
+    names: tuple[str, ...],
+    params: list[Tensor],
+    states: list[dict[str, Any]],
+    backends: dict[str, str],
+    first: int,
+) -> list[_Call]:
+    """The calls for one group, whose first gradient is number ``first`` of all."""
+    by_kind: dict[Any, list[int]] = {}
+    for i, (param, state) in enumerate(zip(params, states, strict=True)):
+        kind = (param.device, param.dtype, state["step"].dtype)
+        by_kind.setdefault(kind, []).append(i)
+    calls = []
+    for which in by_kind.values():
+        backend = backends[params[which[0]].device.type]
+        # Parameters that share memory, or are listed twice, are updated one after another.
+        apart = backend != "reference" and share_memory(
+            [params[i] for i in which]
+            + [states[i][name] for i in which for name in (*names, "step")]
+        )
+        for part in [[i] for i in which] if apart else [which]:
+            chosen = [params[i] for i in part]
+            of_name = [[states[i][name] for i in part] for name in names]
+            steps = [states[i]["step"] for i in part]
+            kernel: PlannedCall | ListedCall
+            if backend == "reference":
+                with choice.use_backend(backend):
+                    (op,) = optimizer._from_lists(chosen[0])
+                kernel = ListedCall(op, chosen, optimizer._list_arguments(of_name), steps)
+            else:
+                (op,) = optimizer._from_plan(chosen[0])
+                kernel = PlannedCall(op, chosen, of_name, steps, on_cpu=backend == "cpu")
+            calls.append(_Call(kernel, group, [first + i for i in part]))
+    return calls
 
 
-def _lie_alike(param: Tensor, states: list[Tensor]) -> bool:
-    return _is_dense(param) and all(
-        s.dtype == param.dtype
-        and s.device == param.device
-        and s.shape == param.shape
-        and (s.stride() == param.stride() or (s.is_contiguous() and param.is_contiguous()))
-        for s in states
-    )
-
-
-def _laid_out_like(grad: Tensor, param: Tensor) -> Tensor:
-    if grad.stride() == param.stride():
-        return grad
-    return torch.empty_like(param, memory_format=torch.preserve_format).copy_(grad)
+def _same(now: Collection[Any], then: Collection[Any]) -> bool:
+    """Whether two collections hold the same objects in the same order."""
+    return len(now) == len(then) and all(map(is_, now, then))

@@ -1,0 +1,53 @@
+"""The state that an optimizer keeps of one parameter, in the form that the kernels take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _get_scalar_dtype
+
+from effkern.optim.layout import is_dense, lies_like
+
+
+def step_counter(value: float) -> Tensor:
+    """A step counter as torch.optim keeps it: 0-dim on the CPU, of the default scalar dtype."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=_get_scalar_dtype(), device="cpu")
+
+
+def complete(state: dict[str, Any], param: Tensor, names: Sequence[str]) -> None:
+    """Make what is missing, and bring along what no longer fits the parameter.
+
+    A state tensor follows its parameter to another dtype, device or order of memory, as
+    `Optimizer.load_state_dict` would bring it; a step counter goes to the host.
+
+    Args:
+        state: the parameter's entry in ``optimizer.state``, changed in place.
+        param: of any strides; its state is dense.
+        names: the keys of its state tensors, each of the parameter's shape where it is there.
+    """
+    step = state.get("step")
+    if not isinstance(step, Tensor) or not step.is_cpu or step.dtype not in _COUNTERS:
+        state["step"] = step_counter(0.0 if step is None else float(step))
+    # State made in inference mode could not be written outside.
+    with torch.inference_mode(False), torch.no_grad():
+        like = param if is_dense(param) else torch.empty_like(param, device="meta")
+        for name in names:
+            value = state.get(name)
+            if value is None:
+                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            elif (
+                value.dtype != param.dtype
+                or value.device != param.device
+                or not lies_like(value, like)
+            ):
+                made = torch.empty_strided(
+                    like.shape, like.stride(), dtype=param.dtype, device=param.device
+                )
+                state[name] = made.copy_(value)
+
+
+_COUNTERS = (torch.float32, torch.float64)
