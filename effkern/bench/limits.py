@@ -35,7 +35,7 @@ class CopyLimit:
     Attributes:
         contestant: makes all passes in one call.
         bytes_moved: in one call.
-        streams: what the passes read and write, in words.
+        streams: how many each pass reads and writes: "2r 1w".
     """
 
     contestant: Contestant
@@ -81,5 +81,5 @@ def copy_limit(passes: Sequence[Streams], *, buffer_bytes: int, device: torch.de
     return CopyLimit(
         contestant=Contestant(run, Rotation(make, set_bytes=reads * buffer_bytes)),
         bytes_moved=moved_bytes(passes, buffer_bytes),
-        streams=", then ".join(f"{p.reads} read, {p.writes} written" for p in passes),
+        streams=", ".join(f"{p.reads}r {p.writes}w" for p in passes),
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from effkern.bench.results import COPY_LIMIT, OURS, Case, Result
+from effkern.bench.tables import short
 
 #: Colour-blind safe: effkern, its peers, the limit.
 COLOURS = {"ours": "#0072b2", "peer": "#b0b0b0", "limit": "#e69f00"}
@@ -45,7 +46,7 @@ def _draw_case(panel: Any, case: Case) -> None:
     colours = [COLOURS[_kind(name)] for name in names]
     bars = panel.barh(names, medians, xerr=(below, above), color=colours, capsize=2)
     panel.bar_label(
-        bars, labels=[f"{value:.3g} {unit}" for value in medians], padding=4, fontsize=8
+        bars, labels=[f"{short(value)} {unit}" for value in medians], padding=4, fontsize=8
     )
     panel.set_title(case.name, fontsize=9, loc="left")
     panel.invert_yaxis()

@@ -48,7 +48,7 @@ class Case:
         bytes_moved: the least bytes that one call must read and write; None where that says
             nothing.
         elements: how many elements one call works on.
-        limit_streams: what the copy limit's passes read and write, in words; empty without one.
+        limit_streams: how many each pass of the copy limit reads and writes: "2r 1w".
         of_overhead: the figure of interest is what a call costs beside a peer's, not how fast it
             moves bytes.
     """

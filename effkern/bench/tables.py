@@ -12,12 +12,19 @@ from rich.text import Text
 from effkern.bench.results import COPY_LIMIT, OURS, Case, Result, Row
 from effkern.bench.spread import Spread
 
+#: What the row of the copy limit is.
+LIMIT_NOTE = (
+    "copy limit: a plain pass over as many streams, read (r) and written (w), in the same run"
+)
+
 
 def render(result: Result) -> RenderableType:
     """Every case as a table, then what was left out, the notes, and the machine."""
     parts: list[RenderableType] = []
     for case in result.cases:
         parts += [Text(_title(case), style="bold"), _case_table(case)]
+    if any(case.limit_streams for case in result.cases):
+        parts.append(Text(LIMIT_NOTE))
     parts += [Text(f"left out: {name}: {reason}") for name, reason in result.left_out.items()]
     parts += [Text(note) for note in result.notes]
     parts.append(Text(machine_line(result.machine, result.settings["device"])))
@@ -37,8 +44,13 @@ def duration(seconds: float) -> str:
     """Seconds in the unit that suits them."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
+            return f"{short(seconds / size)} {unit}"
+    return f"{short(seconds / 1e-9)} ns"
+
+
+def short(value: float) -> str:
+    """Three digits that count, and none of them an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def ratio(spread: Spread) -> str:
@@ -48,7 +60,7 @@ def ratio(spread: Spread) -> str:
 
 def _case_table(case: Case) -> Table:
     table = Table()
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     table.add_column("time", justify="right")
     with_bandwidth = case.bytes_moved is not None
     if case.of_overhead:

@@ -5,6 +5,7 @@ import torch
 
 from effkern.bench.results import COPY_LIMIT, OURS, make_rows
 from effkern.bench.spread import Spread, paired_ratio
+from effkern.bench.tables import duration
 from effkern.bench.timers import Contestant, Rotation, Scrubber, WallClock, alternate, clock_for
 
 
@@ -132,3 +133,11 @@ def test_rows_without_bytes_have_no_bandwidth():
     (ours,) = make_rows({OURS: [1.0]})
     assert ours.bandwidth is None
     assert ours.share_of_limit is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(2.5, "2.5 s"), (0.0821, "82.1 ms"), (1.5e-6, "1.5 µs"), (1234.5, "1,234 s"), (3e-9, "3 ns")],
+)
+def test_durations_in_the_unit_that_suits(seconds, shown):
+    assert duration(seconds) == shown

@@ -186,7 +186,9 @@ def _draw_phases(panel: Any, summary: Summary, index: int, name: str, colour: st
     )
     places = [place + 0.4 * (index - 0.5) for place in range(len(PHASES))]
     bars = panel.bar(places, medians, 0.4, yerr=errors, color=colour, capsize=2, label=name)
-    panel.bar_label(bars, labels=[f"{median:.3g}" for median in medians], padding=2, fontsize=8)
+    panel.bar_label(
+        bars, labels=[tables.short(median) for median in medians], padding=2, fontsize=8
+    )
 
 
 def _times(side: Side, name: str) -> list[float]:

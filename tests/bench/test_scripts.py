@@ -1,0 +1,54 @@
+"""What a user would copy runs; the scripts in benchmarks/ ask for what they say."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from effkern import cli
+from effkern.bench import call_overhead
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.stem)
+def test_examples_run(script, capsys):
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out
+
+
+@pytest.fixture
+def common(monkeypatch, tmp_path):
+    """The benchmarks' shared module, with another folder for results."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import common
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    yield common
+    del sys.modules["common"]
+
+
+@pytest.mark.parametrize("benchmark", ["adam", "rms_norm"])
+def test_benchmarks_keep_their_result(benchmark, common, monkeypatch):
+    asked = []
+    monkeypatch.setattr(common, "main", lambda arguments: asked.append(arguments) or 3)
+    monkeypatch.setattr(sys, "argv", ["script", "--rounds", "2"])
+    with pytest.raises(SystemExit, match="3"):
+        runpy.run_path(str(ROOT / "benchmarks" / f"{benchmark}.py"), run_name="__main__")
+    kept = f"{common.RESULTS / benchmark}"
+    expected = ["--json", f"{kept}.json", "--plot", f"{kept}.png", "--rounds", "2"]
+    assert asked == [["bench", benchmark, *expected]]
+    assert cli.main(["bench", benchmark, "--help"]) == 0
+
+
+@pytest.mark.usefixtures("common")
+def test_the_benchmark_of_call_overhead(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(call_overhead, "CALLS", 2)
+    monkeypatch.setattr(sys, "argv", ["script"])
+    runpy.run_path(str(ROOT / "benchmarks" / "call_overhead.py"), run_name="__main__")
+    assert "call overhead" in capsys.readouterr().out
+    written = json.loads((tmp_path / "call_overhead.json").read_text())
+    assert [case["of_overhead"] for case in written["cases"]] == [True, True]
+    assert (tmp_path / "call_overhead.png").exists()
