@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Any
-
 import pytest
 import torch
 
-from effkern.backends import choice
+from effkern.bench.machine_code import ARCHITECTURES, Row, triton_rows, why_no_triton
 
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-    ),
-    pytest.mark.skipif(choice.triton_interprets(), reason="TRITON_INTERPRET=1 rules out compiling"),
-]
+pytestmark = pytest.mark.skipif(bool(why_no_triton()), reason=why_no_triton())
 
 #: These write a few numbers a row, or one row in all.
 WRITES_LITTLE = ("rms_norm_projection", "rms_norm_grad_weight")
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict[str, Any]]:
-    from effkern.backends.triton import machine_code
-
-    return list(machine_code.rows())
+def rows() -> list[Row]:
+    return triton_rows()
 
 
-def test_every_kernel_is_there(rows: list[dict[str, Any]]) -> None:
-    from effkern.backends.triton import adam, machine_code, rms_norm
+def family(row: Row) -> str:
+    """The kernel without its dtype and sizes: a row is named "triton rms_norm_forward float32"."""
+    return row.kernel.split()[1]
+
+
+def test_every_kernel_is_there(rows: list[Row]) -> None:
+    from effkern.backends.triton import adam, rms_norm
 
     kernels = {
         name.removesuffix("_kernel")
@@ -37,29 +32,28 @@ def test_every_kernel_is_there(rows: list[dict[str, Any]]) -> None:
         for name in vars(module)
         if name.endswith("_kernel")
     }
-    assert {row["kernel"].split()[1] for row in rows} == kernels
-    assert {row["arch"] for row in rows} == set(machine_code.ARCHITECTURES)
+    assert {family(row) for row in rows} == kernels
+    assert {row.arch for row in rows} == set(ARCHITECTURES)
 
 
-def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
-    assert [row for row in rows if row["spill_bytes"] or row["local_bytes"]] == []
+def test_nothing_spills(rows: list[Row]) -> None:
+    assert [row for row in rows if row.spill_bytes or row.local_bytes] == []
 
 
-def test_the_main_path_moves_16_bytes_at_a_time(rows: list[dict[str, Any]]) -> None:
-    assert [row for row in rows if not row["vector_loads"]] == []
-    main = [row for row in rows if row["kernel"].split()[1] not in WRITES_LITTLE]
-    assert [row for row in main if not row["vector_stores"]] == []
+def test_the_main_path_moves_16_bytes_at_a_time(rows: list[Row]) -> None:
+    assert [row for row in rows if not row.vector_loads] == []
+    main = [row for row in rows if family(row) not in WRITES_LITTLE]
+    assert [row for row in main if not row.vector_stores] == []
 
 
-def test_registers_allow_the_occupancy_that_the_kernels_state(rows: list[dict[str, Any]]) -> None:
+def test_registers_allow_the_occupancy_that_the_kernels_state(rows: list[Row]) -> None:
     for row in rows:
-        kernel = row["kernel"]
-        if "adam float32" in kernel:
-            assert row["registers"] <= 64, row
-        elif "rms_norm_forward " in kernel:
-            assert row["registers"] <= 64, row  # up to 1,024 threads a program
-        elif "rms_norm_backward " in kernel:
-            assert row["registers"] <= 128, row  # up to 512 threads a program
+        if family(row) == "adam" and "float32" in row.kernel:
+            assert row.registers <= 64, row
+        elif family(row) == "rms_norm_forward":
+            assert row.registers <= 64, row  # up to 1,024 threads a program
+        elif family(row) == "rms_norm_backward":
+            assert row.registers <= 128, row  # up to 512 threads a program
 
 
 @pytest.mark.parametrize(
@@ -77,7 +71,7 @@ def test_what_a_launch_may_specialise_compiles(
     shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> None:
     """Triton compiles integers that are 1, and None, as constants: each is another program."""
-    from effkern.backends.triton.machine_code import record, resources
+    from effkern.backends.triton.machine_code import compile_for, record
     from effkern.backends.triton.rms_norm import rms_norm_backward, rms_norm_forward
 
     x = torch.empty_strided(shape, strides, device="meta")
@@ -93,4 +87,4 @@ def test_what_a_launch_may_specialise_compiles(
     launches = record(calls)
     assert len(launches) >= 5
     for launch in launches:
-        assert resources(launch, 90)["spill_bytes"] == 0
+        assert compile_for(launch, 90).asm["cubin"]

@@ -206,18 +206,12 @@ def _launch(
     """The one launch. ``table`` and ``chunks`` lie on the device; ``steps``: each tensor's t."""
     if not chunks.numel():
         return
-    if multi_tensor.all_equal(steps):
-        bias_corrections, (step_size, rsqrt_bias2) = (
-            None,
-            _bias_corrections(steps[0], lr, beta1, beta2),
-        )
-    else:
+    pairs = {t: _bias_corrections(t, lr, beta1, beta2) for t in set(steps)}
+    bias_corrections, (step_size, rsqrt_bias2) = None, pairs[steps[0]]
+    if len(pairs) > 1:
         # Parameters that joined late: their own two numbers each go to the device with every step.
-        pairs = {t: _bias_corrections(t, lr, beta1, beta2) for t in set(steps)}
-        bias_corrections = _to_device(
-            torch.tensor([pairs[t] for t in steps], dtype=torch.float64), chunks.device
-        )
-        step_size = rsqrt_bias2 = 0.0
+        each = torch.tensor([pairs[t] for t in steps], dtype=torch.float64)
+        bias_corrections = _to_device(each, chunks.device)
     adam_kernel[(chunks.shape[0],)](
         table,
         chunks,

@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
@@ -17,7 +18,7 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from effkern.backends.triton.adam import adam_
@@ -37,23 +38,27 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-def rows(architectures: Sequence[int] = ARCHITECTURES) -> Iterator[dict[str, Any]]:
+def rows(architectures: Sequence[int] = ARCHITECTURES) -> list[dict[str, Any]]:
     """The resources of every kernel of the main paths on every architecture.
 
-    Yields:
-        kernel, arch, registers (a thread's), spill_bytes, local_bytes (a thread's), shared_bytes (a
-        program's), vector_loads and vector_stores (whether there are any of 16 bytes).
+    Returns:
+        For each: kernel, arch, registers (a thread's), spill_bytes, local_bytes (a thread's),
+        shared_bytes (a program's), vector_loads and vector_stores (whether any have 16 bytes).
     """
-    compiled = set()
-    for name, call in main_paths():
-        for launch in record(call):
-            source = _source(launch).hash()
-            if source in compiled:
-                continue  # another length of row, but the same kernel
-            compiled.add(source)
-            kernel = f"triton {launch.kernel.__name__.removesuffix('_kernel')} {name}"
-            for arch in architectures:
-                yield {"kernel": kernel, "arch": arch, **resources(launch, arch)}
+    found = []
+    seen = set()
+    with ThreadPoolExecutor(max_workers=2) as pool:  # disassembles while this thread compiles
+        for name, call in main_paths():
+            for launch in record(call):
+                source = _source(launch).hash()
+                if source in seen:
+                    continue  # another length of row, but the same kernel
+                seen.add(source)
+                kernel = f"triton {launch.kernel.__name__.removesuffix('_kernel')} {name}"
+                for arch in architectures:
+                    compiled = compile_for(launch, arch)
+                    found.append((kernel, arch, pool.submit(_resources, compiled)))
+    return [{"kernel": kernel, "arch": arch, **row.result()} for kernel, arch, row in found]
 
 
 def main_paths() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -80,14 +85,14 @@ def record(call: Callable[[], None]) -> list[Launch]:
     return launches
 
 
-def resources(launch: Launch, arch: int) -> dict[str, Any]:
-    """Registers, memory and vector accesses of one kernel, compiled for ``sm_{arch}``."""
+def compile_for(launch: Launch, arch: int) -> CompiledKernel:
+    """The kernel as the launch would have compiled it on ``sm_{arch}``."""
     names = {param.name for param in launch.kernel.params}
-    compiled = triton.compile(
-        _source(launch),
-        target=GPUTarget("cuda", arch, 32),
-        options={name: value for name, value in launch.options.items() if name not in names},
-    )
+    options = {name: value for name, value in launch.options.items() if name not in names}
+    return triton.compile(_source(launch), target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _resources(compiled: CompiledKernel) -> dict[str, Any]:
     usage, assembly = _disassemble(compiled.asm["cubin"])
     sizes = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     return {

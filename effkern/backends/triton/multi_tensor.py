@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import triton
@@ -224,8 +223,3 @@ def count_steps(table: torch.Tensor, float64: bool) -> list[float]:
         counter.value += 1
         steps.append(counter.value)
     return steps
-
-
-def all_equal(values: Sequence[float]) -> bool:
-    """Whether there is but one value."""
-    return all(a == b for a, b in pairwise(values))
