@@ -56,6 +56,16 @@ __device__ __forceinline__ T narrow(Acc<T> x) {
   }
 }
 
+// Tells the compiler what it cannot see of an address that was itself read from memory: that it is
+// one of global memory, for which there are instructions of its own.
+__device__ __forceinline__ void assume_global(const void* p) {
+#ifdef __CUDA_ARCH__
+  __builtin_assume(__isGlobal(p));
+#else
+  (void)p;
+#endif
+}
+
 template <class T, int V>
 struct Pack {
   T value[V];
@@ -92,6 +102,7 @@ __device__ __forceinline__ Pack<T, V> load(const T* p) {
       memcpy(pack.value + part, some.value, sizeof(some));
     }
   } else {
+    assume_global(p);
     const auto word = *reinterpret_cast<const typename Word<sizeof(pack)>::Type*>(p);
     EFFKERN_COUNT_READ(sizeof(pack));
     memcpy(pack.value, &word, sizeof(pack));
@@ -111,7 +122,8 @@ __device__ __forceinline__ void store(T* p, const Pack<T, V>& pack) {
   } else {
     typename Word<sizeof(pack)>::Type word;
     memcpy(&word, pack.value, sizeof(pack));
-    *reinterpret_cast<decltype(word)*>(p) = word;
+    // An ordinary store, but one that the compiler does not split into its elements.
+    __stwb(reinterpret_cast<decltype(word)*>(p), word);
     EFFKERN_COUNT_WRITE(sizeof(pack));
   }
 }

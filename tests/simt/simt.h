@@ -66,6 +66,11 @@ void launch(const void* kernel, dim3 grid, int threads, size_t shared_bytes, Cal
 #define EFFKERN_COUNT_READ(bytes) (::simt::counts.bytes_read += static_cast<int64_t>(bytes))
 #define EFFKERN_COUNT_WRITE(bytes) (::simt::counts.bytes_written += static_cast<int64_t>(bytes))
 
+template <class Word>
+void __stwb(Word* p, Word value) {
+  *p = value;
+}
+
 inline void __syncthreads() { simt::wait_for_block(); }
 
 template <class T>

@@ -1,0 +1,87 @@
+"""What nvcc makes of the CUDA kernels: no spills, no local memory, 16-byte accesses, registers that
+leave room for the threads that each source states.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from effkern.bench import machine_code
+from effkern.bench.machine_code import ARCHITECTURES, Row
+
+pytestmark = pytest.mark.skipif(
+    bool(machine_code.why_no_cuda()), reason=machine_code.why_no_cuda() or "-"
+)
+
+#: Registers of a multiprocessor.
+REGISTERS = 65536
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    return machine_code.cuda_rows()
+
+
+def arguments(row: Row) -> tuple[str, list[str]]:
+    """The kernel's name and template arguments."""
+    match = re.fullmatch(r"cuda (\w+)<(.*)>", row.kernel)
+    assert match, row.kernel
+    return match[1], match[2].split(", ")
+
+
+def threads(row: Row) -> int:
+    """Threads a multiprocessor, as the kernels' sources state them."""
+    name, (dtype, *rest) = arguments(row)
+    if name == "adam_kernel":
+        return 256 * (4 - (dtype == "double") - (rest == ["true"]))
+    return 512 if name == "backward_held" else 1024
+
+
+def test_every_instance_is_there(rows: list[Row]) -> None:
+    names = [arguments(row)[0] for row in rows]
+    counts = {name: names.count(name) / len(ARCHITECTURES) for name in names}
+    expected = {"adam_kernel": 8, "forward_held": 8, "forward_twice": 8}
+    expected |= {"backward_held": 8, "project": 8, "apply": 8, "sum_shares": 4}
+    assert counts == expected
+
+
+def test_nothing_spills_and_nothing_is_local(rows: list[Row]) -> None:
+    assert [row for row in rows if row.spill_bytes or row.local_bytes] == []
+
+
+def test_the_aligned_path_moves_16_bytes_at_a_time(rows: list[Row]) -> None:
+    for row in rows:
+        name, (_, *rest) = arguments(row)
+        if name == "sum_shares" or rest == ["1"]:
+            continue
+        assert row.vector_loads, row
+        assert row.vector_stores or name == "project", row  # a number a row is all it writes
+
+
+def test_registers_leave_room_for_the_threads_that_are_stated(rows: list[Row]) -> None:
+    for row in rows:
+        assert row.registers * threads(row) <= REGISTERS, row
+
+
+def test_shared_memory_is_all_dynamic(rows: list[Row]) -> None:
+    """So that tests/simt gives each launch its exact size."""
+    assert [row for row in rows if row.shared_bytes] == []
+
+
+def test_a_spilling_kernel_would_be_seen(tmp_path: Path) -> None:
+    source = tmp_path / "spilling.cu"
+    source.write_text(
+        "__global__ void __launch_bounds__(1024, 2) many(float* p) {\n"
+        "  float a[64];\n"
+        "  for (int i = 0; i < 64; ++i) a[i] = p[i];\n"
+        "  __syncthreads();\n"
+        "  for (int i = 0; i < 64; ++i) p[threadIdx.x * 64 + i] = a[i] * a[63 - i];\n"
+        "  p[0] = a[threadIdx.x % 64];\n"
+        "}\n"
+    )
+    (row,) = machine_code._compile(source, 90, tmp_path)
+    assert row.spill_bytes or row.local_bytes
+    assert not row.vector_loads
