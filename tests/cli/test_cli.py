@@ -234,10 +234,10 @@ def test_bench_threads_are_set(monkeypatch):
     assert asked == [1]
 
 
-def test_a_traceback_on_request(monkeypatch):
+def test_a_traceback_on_request(monkeypatch, tmp_path):
     monkeypatch.setenv("EFFKERN_TRACEBACK", "1")
     with pytest.raises(FileNotFoundError):
-        cli.main(["demo", "--text", "/nowhere/text.txt"])
+        cli.main(["demo", "--out", str(tmp_path), "--text", str(tmp_path / "none.txt")])
 
 
 def run_python(*arguments):
