@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from effkern.backends.reference.dtypes import accumulation_dtype
+from effkern.backends.reference.lists import check_lists
 
 
 def adam_(
@@ -47,7 +48,14 @@ def adam_(
         decoupled: decay the parameter (AdamW) instead of the gradient (L2).
         amsgrad: divide by the largest running mean of squares.
         maximize: ascend.
+
+    Raises:
+        RuntimeError: if the lists do not belong together; nothing was written.
     """
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    if amsgrad:
+        lists["max_exp_avg_sqs"] = max_exp_avg_sqs
+    check_lists(params, lists, steps)
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         steps[i] += 1
         t = steps[i].item()
