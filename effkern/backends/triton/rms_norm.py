@@ -293,7 +293,10 @@ def rms_norm_forward(
     dims: int,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``effkern::_rms_norm_forward``: y, total (empty without a residual) and rstd."""
+    """``effkern::_rms_norm_forward`` and ``_add_rms_norm_forward``: y, total and rstd.
+
+    Without a residual, total is empty.
+    """
     rows, features, acc = _extents(x, dims)
     if residual is not None:
         check_like(residual, "residual", x, "x")
