@@ -52,11 +52,11 @@ format: $(READY)
 	@$(VENV_PYTHON) -m ruff format .
 	@$(dir $(VENV_PYTHON))clang-format -i $(CXX_FILES)
 
-# The installed package is built with the headers of 2.10. The second run takes the libraries that
-# were built with the headers of .venv's newer torch: one library serves every torch.
+# First the installed copy, built with the headers of 2.10; then the checkout, whose libraries were
+# built with the headers of .venv's newer torch: one library serves every torch.
 test-oldest: environment environment-oldest
+	@.venv-oldest/bin/pytest -o pythonpath= --noconftest tests/test_smoke.py $(ARGS)
 	@.venv-oldest/bin/pytest tests/test_smoke.py $(ARGS)
-	@EFFKERN_LIBRARY_DIR="$(CURDIR)/effkern/lib" .venv-oldest/bin/pytest tests/test_smoke.py $(ARGS)
 
 build: $(filter environment,$(READY))
 	@$(VENV_PYTHON) setup.py -q build_ext --inplace
