@@ -138,14 +138,34 @@ def rms_norm(
         RuntimeError: if a dtype, shape, device or layout does not fit; the message names the
             argument.
     """
-    _check(x, residual, normalized_shape, weight)
+    dims = len(normalized_shape)
+    # The common case in one expression, each part in its cheapest form: every call pays for it.
+    if not (
+        isinstance(x, Tensor)
+        and x.dtype in DTYPES
+        and x.layout is _strided
+        and (shape := x.shape)
+        and dims > 0
+        and (shape[-1] == normalized_shape[0] if dims == 1 else shape[-dims:] == normalized_shape)
+        and residual is None
+        and (
+            weight is None
+            or (
+                isinstance(weight, Tensor)
+                and weight.shape == normalized_shape
+                and weight.dtype in DTYPES
+                and weight.layout is _strided
+                and ((weight.is_cpu and x.is_cpu) or weight.device == x.device)
+            )
+        )
+    ):
+        _check(x, residual, normalized_shape, weight)
     if x.is_cuda and torch.is_autocast_enabled("cuda") and _autocast_to_float32():
         x, weight = x.float(), None if weight is None else weight.float()
         residual = None if residual is None else residual.float()
-    dims = len(normalized_shape)
     if eps is None:
         eps = torch.finfo(accumulation_dtype(x.dtype)).eps
-    if torch._C._are_functorch_transforms_active():
+    if _functorch_is_active():
         # torch.func differentiates and maps the plain formula, to any order and in forward mode.
         y, total, _ = reference.rms_norm_forward(x, residual, weight, dims, eps)
         return y if residual is None else (y, total)
@@ -163,16 +183,18 @@ def rms_norm(
     return add_forward(x, residual, weight, dims, eps)[:2]
 
 
+_strided = torch.strided
+_functorch_is_active = torch._C._are_functorch_transforms_active
+
+
 def _check(
     x: Tensor, residual: Tensor | None, normalized_shape: Sequence[int], weight: Tensor | None
 ) -> None:
+    """Raise for the first argument that does not fit; do nothing where all do."""
     dims = len(normalized_shape)
     if not isinstance(x, Tensor):
         raise TypeError(f"rms_norm: x must be a tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise RuntimeError(
-            f"rms_norm: x must be float32, float64, bfloat16 or float16, got {x.dtype}"
-        )
+    _check_kind("x", x)
     if dims == 0:
         raise RuntimeError("rms_norm: normalized_shape must name at least one dimension, got ()")
     if x.shape[-dims:] != tuple(normalized_shape):
@@ -180,40 +202,38 @@ def _check(
             f"rms_norm: x must end in normalized_shape={tuple(normalized_shape)}, "
             f"got shape {tuple(x.shape)}"
         )
-    if x.layout != torch.strided:
-        raise RuntimeError(f"rms_norm: x must be a dense tensor, got layout {x.layout}")
-    if weight is not None:
-        _check_companion("weight", weight, x, tuple(normalized_shape))
-        if weight.dtype not in DTYPES:
-            raise RuntimeError(
-                f"rms_norm: weight must be float32, float64, bfloat16 or float16, "
-                f"got {weight.dtype}"
+    for name, value, shape in (
+        ("weight", weight, tuple(normalized_shape)),
+        ("residual", residual, tuple(x.shape)),
+    ):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"rms_norm: {name} must be a tensor or None, got {type(value).__name__}"
             )
-    if residual is not None:
-        _check_companion("residual", residual, x, x.shape)
-        if residual.dtype != x.dtype:
+        _check_kind(name, value)
+        if value.shape != shape:
             raise RuntimeError(
-                f"rms_norm: residual must have x's dtype {x.dtype}, got {residual.dtype}"
+                f"rms_norm: {name} must have shape {shape}, got {tuple(value.shape)}"
             )
+        if value.device != x.device:
+            raise RuntimeError(
+                f"rms_norm: {name} must be on x's device {x.device}, got {value.device}"
+            )
+    if residual is not None and residual.dtype != x.dtype:
+        raise RuntimeError(
+            f"rms_norm: residual must have x's dtype {x.dtype}, got {residual.dtype}"
+        )
 
 
-def _check_companion(argument: str, value: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"rms_norm: {argument} must be a tensor or None, got {type(value).__name__}"
-        )
-    if value.shape != shape:
+def _check_kind(name: str, value: Tensor) -> None:
+    if value.dtype not in DTYPES:
         raise RuntimeError(
-            f"rms_norm: {argument} must have shape {tuple(shape)}, got {tuple(value.shape)}"
-        )
-    if value.device != x.device:
-        raise RuntimeError(
-            f"rms_norm: {argument} must be on x's device {x.device}, got {value.device}"
+            f"rms_norm: {name} must be float32, float64, bfloat16 or float16, got {value.dtype}"
         )
     if value.layout != torch.strided:
-        raise RuntimeError(
-            f"rms_norm: {argument} must be a dense tensor, got layout {value.layout}"
-        )
+        raise RuntimeError(f"rms_norm: {name} must be a dense tensor, got layout {value.layout}")
 
 
 @cache
@@ -231,9 +251,9 @@ class RmsNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, dims: int, eps: float) -> Tensor:
         """See `reference.rms_norm_forward`."""
-        forward, _, ctx.kernel = kernels(x)
+        forward, _, backward = kernels(x)
         y, rstd = forward(x, weight, dims, eps)
-        ctx.dims, ctx.eps = dims, eps
+        ctx.call = backward, dims, eps
         ctx.save_for_backward(x, weight, rstd)
         return y
 
@@ -253,9 +273,9 @@ class AddRmsNormFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, residual: Tensor, weight: Tensor | None, dims: int, eps: float
     ) -> tuple[Tensor, Tensor]:
         """See `reference.rms_norm_forward`."""
-        _, add_forward, ctx.kernel = kernels(x)
+        _, add_forward, backward = kernels(x)
         y, total, rstd = add_forward(x, residual, weight, dims, eps)
-        ctx.dims, ctx.eps = dims, eps
+        ctx.call = backward, dims, eps
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(total, weight, rstd)
         return y, total
@@ -290,11 +310,10 @@ def _gradients(
     autograd follows, with rstd as a function of x.
     """
     x, weight, rstd = ctx.saved_tensors
+    kernel, dims, eps = ctx.call
     if torch.is_grad_enabled():
-        kernel, rstd = reference.rms_norm_backward, reference.rstd(x, ctx.dims, ctx.eps)
-    else:
-        kernel = ctx.kernel
-    grad_x, grad_weight = kernel(grad, grad_total, x, weight, rstd, ctx.dims, wants_x, wants_weight)
+        kernel, rstd = reference.rms_norm_backward, reference.rstd(x, dims, eps)
+    grad_x, grad_weight = kernel(grad, grad_total, x, weight, rstd, dims, wants_x, wants_weight)
     return grad_x if wants_x else None, grad_weight if wants_weight else None
 
 
