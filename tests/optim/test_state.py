@@ -1,0 +1,206 @@
+"""State: torch's layout, checkpoints in both directions, copies and pickles."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+import effkern
+from tests.support.twins import TORCH_TWIN, Twins
+
+KINDS = pytest.mark.parametrize("kind", TORCH_TWIN, ids=lambda k: k.__name__)
+AMSGRAD = pytest.mark.parametrize("amsgrad", [False, True])
+
+
+def make_params() -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in (5, 1, 40)]
+
+
+def train(optimizer: torch.optim.Optimizer, steps: int, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+def checkpoint(optimizer: torch.optim.Optimizer) -> Any:
+    """The state_dict after a way through a file."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file)
+
+
+@KINDS
+@AMSGRAD
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_state_dict_has_torchs_layout(
+    kind: type[effkern.FusedAdam], amsgrad: bool, default: torch.dtype
+) -> None:
+    def layout(value: Any) -> Any:
+        if isinstance(value, dict):
+            return [(key, layout(one)) for key, one in value.items()]
+        if isinstance(value, (list, tuple)):
+            return [layout(one) for one in value]
+        if isinstance(value, torch.Tensor):
+            return (value.dtype, value.shape, value.stride(), value.device, value.requires_grad)
+        return value
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = []
+        for made in (kind, TORCH_TWIN[kind]):
+            params = [*make_params(), torch.nn.Parameter(torch.randn(3, 4).t())]
+            named = [(f"p{i}", p) for i, p in enumerate(params)]
+            optimizer = made(named, amsgrad=amsgrad)
+            fresh = layout(optimizer.state_dict())
+            train(optimizer, 1)
+            found.append((fresh, layout(optimizer.state_dict())))
+    finally:
+        torch.set_default_dtype(before)
+    assert found[0] == found[1]
+
+
+@KINDS
+@AMSGRAD
+@pytest.mark.parametrize("fused", [False, True], ids=["torch for-loop", "torch fused"])
+@pytest.mark.parametrize("direction", ["to torch", "from torch"])
+def test_a_training_goes_on_in_the_other_class(
+    kind: type[effkern.FusedAdam], amsgrad: bool, fused: bool, direction: str
+) -> None:
+    """Checkpoint, load into the other class, and the next steps are those of the first class."""
+    theirs = TORCH_TWIN[kind]
+
+    def made(by_torch: bool) -> torch.optim.Optimizer:
+        options: dict[str, Any] = {"fused": True} if fused else {"foreach": False}
+        options.update(lr=0.1, weight_decay=0.1, amsgrad=amsgrad)
+        return theirs(make_params(), **options) if by_torch else kind(make_params(), **options)
+
+    first = made(by_torch=direction == "from torch")
+    train(first, 3)
+    second = made(by_torch=direction == "to torch")
+    for mine, other in zip(
+        second.param_groups[0]["params"], first.param_groups[0]["params"], strict=True
+    ):
+        mine.data.copy_(other.data)
+    second.load_state_dict(checkpoint(first))
+    for optimizer in (first, second):
+        train(optimizer, 3, seed=2)
+    for a, b in zip(second.param_groups[0]["params"], first.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        for name in first.state[b]:
+            torch.testing.assert_close(
+                second.state[a][name], first.state[b][name], rtol=1e-5, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize("step", [3, 3.0, torch.tensor(3), torch.tensor([3.0]).half()], ids=repr)
+def test_step_counters_of_older_states(step: Any) -> None:
+    """PyTorch once kept a number; others keep integers or narrow floats."""
+    optimizer = effkern.FusedAdamW(make_params(), lr=0.1)
+    other = effkern.FusedAdamW(make_params(), lr=0.1)
+    train(optimizer, 3)
+    state = copy.deepcopy(optimizer.state_dict())
+    for one in state["state"].values():
+        one["step"] = step
+    for mine, p in zip(
+        other.param_groups[0]["params"], optimizer.param_groups[0]["params"], strict=True
+    ):
+        mine.data.copy_(p.data)
+    other.load_state_dict(state)
+    if not isinstance(step, torch.Tensor):
+        assert all(torch.is_tensor(one["step"]) for one in other.state.values())
+    for one in (optimizer, other):
+        train(one, 1, seed=2)
+    for mine, p in zip(
+        other.param_groups[0]["params"], optimizer.param_groups[0]["params"], strict=True
+    ):
+        assert torch.equal(mine, p)
+        assert other.state[mine]["step"].item() == 4
+
+
+def test_groups_of_older_states_get_the_options_they_lack() -> None:
+    old = torch.optim.Adam(make_params())
+    train(old, 1)
+    state = old.state_dict()
+    for name in ("amsgrad", "maximize", "decoupled_weight_decay", "foreach", "fused"):
+        del state["param_groups"][0][name]
+    optimizer = effkern.FusedAdam(make_params())
+    optimizer.load_state_dict(state)
+    train(optimizer, 1)
+    assert optimizer.param_groups[0]["decoupled_weight_decay"] is False
+
+
+def test_adamw_stays_adamw_whatever_is_loaded() -> None:
+    for kind in (torch.optim.AdamW, effkern.FusedAdamW):
+        optimizer = kind(make_params())
+        optimizer.load_state_dict(torch.optim.Adam(make_params()).state_dict())
+        assert optimizer.param_groups[0]["decoupled_weight_decay"] is True
+
+
+def test_a_state_from_a_capturable_training_loads() -> None:
+    optimizer = effkern.FusedAdamW(make_params())
+    state = torch.optim.AdamW(make_params(), capturable=True).state_dict()
+    optimizer.load_state_dict(state)
+    train(optimizer, 1)
+
+
+@KINDS
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_go_on_alike(kind: type[effkern.FusedAdam], way: str) -> None:
+    optimizer = kind(make_params(), lr=0.1, amsgrad=True)
+    train(optimizer, 2)
+    if way == "deepcopy":
+        other = copy.deepcopy(optimizer)
+    else:
+        other = pickle.loads(pickle.dumps(optimizer))
+    mine, theirs = (o.param_groups[0]["params"] for o in (optimizer, other))
+    before = [p.clone() for p in mine]
+    train(other, 2, seed=2)
+    assert all(map(torch.equal, mine, before))
+    train(optimizer, 2, seed=2)
+    assert all(map(torch.equal, mine, theirs))
+
+
+def test_state_made_in_inference_mode_can_be_written_outside() -> None:
+    twins = Twins([torch.randn(5)])
+    twins.new_grads()
+    with torch.inference_mode():
+        twins.optimizer.step()
+    twins.twin.step()
+    twins.check()
+    twins.step()
+
+
+def test_parameters_made_in_inference_mode() -> None:
+    """They have no version counters, and PyTorch lets them be written inside that mode."""
+    with torch.inference_mode():
+        param = torch.randn(5)
+        theirs = param.double()
+        optimizer = effkern.FusedAdamW([param.requires_grad_(False)], lr=0.1)
+        twin = torch.optim.AdamW([theirs], lr=0.1)
+        for _ in range(2):
+            param.grad = torch.randn(5)
+            theirs.grad = param.grad.double()
+            optimizer.step()
+            twin.step()
+        torch.testing.assert_close(param.double(), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_no_state_before_the_first_gradient() -> None:
+    params = make_params()
+    optimizer = effkern.FusedAdamW(params)
+    optimizer.step()
+    params[1].grad = torch.ones(1)
+    optimizer.step()
+    assert list(optimizer.state) == [params[1]]
+    assert list(optimizer.state[params[1]]) == ["step", "exp_avg", "exp_avg_sq"]
