@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,18 +39,27 @@ def available() -> bool:
     return sys.platform == "linux" and compiler() is not None and _torch_include().is_dir()
 
 
+def sanitizes() -> bool:
+    """Whether it can be built with AddressSanitizer, in a way that a Python process can load."""
+    if not available():
+        return False
+    command = [str(compiler()), "-print-file-name=libasan.so"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return os.path.isabs(found)  # a bare name where the compiler has no such library
+
+
 def sanitized_environment() -> dict[str, str]:
     """The environment of a Python process that loads the library with AddressSanitizer and
-    UndefinedBehaviorSanitizer.
-
-    Raises:
-        RuntimeError: if the compiler has no AddressSanitizer.
+    UndefinedBehaviorSanitizer; builds it.
     """
-    asan = _runtime("libasan.so")
+    linked = subprocess.run(
+        ["ldd", str(build(sanitize=True))], capture_output=True, text=True, check=True
+    ).stdout
+    first = [re.search(rf"{name}\S* => (\S+)", linked) for name in ("libasan", "libstdc\\+\\+")]
     return {
         **os.environ,
         SANITIZE: "1",
-        "LD_PRELOAD": " ".join([asan, _runtime("libstdc++.so")]),
+        "LD_PRELOAD": " ".join(found[1] for found in first if found),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",  # Python itself leaks
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
     }
@@ -194,14 +204,3 @@ def _run(command: list[str]) -> None:
 
 def _torch_include() -> Path:
     return Path(torch.__file__).parent / "include"
-
-
-def _runtime(name: str) -> str:
-    """The path of one of the compiler's own libraries."""
-    found = subprocess.run(
-        [str(compiler()), f"-print-file-name={name}"], capture_output=True, text=True, check=True
-    )
-    path = found.stdout.strip()
-    if not os.path.isabs(path):
-        raise RuntimeError(f"{compiler()} has no {name}")
-    return path

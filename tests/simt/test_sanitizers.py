@@ -14,25 +14,14 @@ import pytest
 from tests.simt import build
 
 
-@pytest.mark.skipif(not build.available(), reason="no C++ compiler")
+@pytest.mark.skipif(not build.sanitizes(), reason="no C++ compiler with AddressSanitizer")
 @pytest.mark.skipif(bool(os.environ.get(build.SANITIZE)), reason="this is the sanitized run")
 def test_the_suite_under_the_sanitizers() -> None:
-    build.build(sanitize=True)  # here, where the compiler itself is not slowed by them
     folders = [str(build.ROOT / "tests" / name) for name in ("ops", "optim", "nn")]
     folders.append(str(build.HERE / "test_every_kernel.py"))
+    pytest_ = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            "simt",
-            *folders,
-        ],
+        [*pytest_, "-k", "simt", *folders],
         cwd=build.ROOT,
         env={**build.sanitized_environment(), "EFFKERN_TEST_BACKENDS": "simt"},
         capture_output=True,

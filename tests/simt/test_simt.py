@@ -10,7 +10,9 @@ import pytest
 
 from tests.simt import build
 
-pytestmark = pytest.mark.skipif(not build.available(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(
+    not build.sanitizes(), reason="no C++ compiler with AddressSanitizer"
+)
 
 
 @pytest.fixture(scope="module")
