@@ -3,19 +3,34 @@
 ``_adam_`` takes every tensor and raises the version counters of those it writes; torch.compile,
 opcheck and the reference backend use it. ``_adam_planned_`` takes a table of addresses that
 `effkern.optim.plan` keeps between steps, so that only the gradients cross the boundary; what it
-writes is invisible to PyTorch, and its caller raises the version counters.
+writes is invisible to PyTorch, and its caller raises the version counters. ``_adam_scheduled_`` is
+``_adam_`` with the learning rate in a one-element tensor, which a compiled graph can take as an
+input.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from effkern.backends.reference import adam as reference
-from effkern.ops._declare import Family, declare, imported_at_first_call
+from effkern.ops._declare import (
+    Family,
+    declare,
+    define,
+    imported_at_first_call,
+    library,
+)
 from effkern.ops._versions import raise_versions
 
-_SCALARS = (
-    "float lr, float beta1, float beta2, float eps, float weight_decay,"
+_LISTS = (
+    "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+    " Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps"
+)
+_OPTIONS = (
+    "float beta1, float beta2, float eps, float weight_decay,"
     " bool decoupled, bool amsgrad, bool maximize"
 )
 
@@ -32,8 +47,7 @@ def _planned_fake(*args: Any, **kwargs: Any) -> int:
 
 declare(
     "_adam_",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
-    f" Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, *, {_SCALARS}) -> ()",
+    f"({_LISTS}, *, float lr, {_OPTIONS}) -> ()",
     fake=_adam_fake,
     reference=reference.adam_,
     triton=imported_at_first_call("effkern.backends.triton.adam:adam_"),
@@ -41,7 +55,7 @@ declare(
 declare(
     "_adam_planned_",
     "(Tensor(a!) table, Tensor(b!) device_table, Tensor chunks, Tensor layouts, Tensor[] grads, *,"
-    f" {_SCALARS}) -> int",
+    f" float lr, {_OPTIONS}) -> int",
     fake=_planned_fake,
     reference=None,
     triton=imported_at_first_call("effkern.backends.triton.adam:adam_planned_"),
@@ -49,3 +63,13 @@ declare(
 raise_versions("_adam_")
 from_lists = Family("_adam_")
 from_plan = Family("_adam_planned_")
+
+
+def _adam_scheduled_(*lists: list[Tensor], lr: Tensor, **options: Any) -> None:
+    (kernel,) = from_lists(lists[0][0])
+    kernel(*lists, lr=lr.item(), **options)
+
+
+define("_adam_scheduled_", f"({_LISTS}, *, Tensor lr, {_OPTIONS}) -> ()", _adam_fake)
+library.impl("_adam_scheduled_", _adam_scheduled_, "CompositeExplicitAutograd")
+scheduled = torch.ops.effkern._adam_scheduled_.default

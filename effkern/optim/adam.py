@@ -43,6 +43,7 @@ class FusedAdam(FusedOptimizer):
 
     _from_lists = _ops.from_lists
     _from_plan = _ops.from_plan
+    _scheduled = staticmethod(_ops.scheduled)
 
     def __init__(
         self,
@@ -111,7 +112,6 @@ class FusedAdam(FusedOptimizer):
     def _scalars(self, group: dict[str, Any]) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
         return {
-            "lr": float(group["lr"]),
             "beta1": float(beta1),
             "beta2": float(beta2),
             "eps": float(group["eps"]),

@@ -23,9 +23,10 @@ class FusedOptimizer(Optimizer):
     kernel ops and says which state tensors a group keeps and which scalars its step takes.
     """
 
-    #: The rule's kernel op on lists of tensors, and on a plan.
+    #: The rule's kernel op on lists of tensors, on a plan, and on lists with lr in a tensor.
     _from_lists: Family
     _from_plan: Family
+    _scheduled: Callable[..., None]
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         kind = type(self).__name__
@@ -53,7 +54,7 @@ class FusedOptimizer(Optimizer):
         raise NotImplementedError
 
     def _scalars(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The keyword arguments of the kernel that are not tensors."""
+        """The keyword arguments of the kernel, without ``lr``."""
         raise NotImplementedError
 
     def _list_arguments(self, states: Sequence[list[Tensor]]) -> list[list[Tensor]]:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one stretch of memory, each once, in any order of dimensions."""
-    return tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return True
+    filled = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != filled:
+                return False
+            filled *= size
+    return True
 
 
 def lies_like(tensor: Tensor, like: Tensor) -> bool:
@@ -18,10 +26,9 @@ def lies_like(tensor: Tensor, like: Tensor) -> bool:
 
     Strides count only where there is more than one element along them.
     """
-    if tensor.stride() == like.stride() or like.numel() == 0:
-        return True
-    pairs = zip(like.shape, tensor.stride(), like.stride(), strict=True)
-    return all(size == 1 or stride == must for size, stride, must in pairs)
+    return like.numel() == 0 or all(
+        size == 1 or tensor.stride(d) == like.stride(d) for d, size in enumerate(like.shape)
+    )
 
 
 def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:

@@ -160,7 +160,10 @@ class Prepared:
         Returns:
             False if what was prepared no longer holds after all; then nothing was written.
         """
-        scalars = [optimizer._scalars(call.group) for call in self._calls]
+        scalars = [
+            {"lr": float(call.group["lr"]), **optimizer._scalars(call.group)}
+            for call in self._calls
+        ]
         for call, arguments in zip(self._calls, scalars, strict=True):
             part = grads if len(call.which) == len(grads) else [grads[i] for i in call.which]
             if not call.kernel.run(part, arguments):

@@ -34,15 +34,18 @@ def step_lists(
     by_kind: dict[Any, list[int]] = {}
     for i, (param, step) in enumerate(zip(params, steps, strict=True)):
         by_kind.setdefault((param.device, param.dtype, step.dtype), []).append(i)
-    scalars = optimizer._scalars(group)
+    lr, scalars = group["lr"], optimizer._scalars(group)
     for which in by_kind.values():
         chosen = [params[i] for i in which]
         dense = [p if is_dense(p) else torch.empty_like(p).copy_(p) for p in chosen]
         alike = [laid_out_like(grads[i], d) for i, d in zip(which, dense, strict=True)]
         of_name = [[state[i] for i in which] for state in states]
-        (kernel,) = optimizer._from_lists(dense[0])
+        if isinstance(lr, Tensor):
+            kernel = optimizer._scheduled
+        else:
+            (kernel,) = optimizer._from_lists(dense[0])
         lists = optimizer._list_arguments(of_name)
-        kernel(dense, alike, *lists, [steps[i] for i in which], **scalars)
+        kernel(dense, alike, *lists, [steps[i] for i in which], lr=lr, **scalars)
         for param, updated in zip(chosen, dense, strict=True):
             if updated is not param:
                 param.copy_(updated)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_lists(
-    params: Sequence[Tensor], lists: dict[str, Sequence[Tensor]], steps: Sequence[Tensor]
+    params: Sequence[Tensor], lists: Mapping[str, Sequence[Tensor]], steps: Sequence[Tensor]
 ) -> None:
     """Refuse lists that do not belong together.
 
