@@ -191,25 +191,41 @@ void meet(MeetingPoint& point, unsigned everybody) {
   to_scheduler();
 }
 
-void run_block(unsigned threads, std::vector<unsigned>& order) {
-  block = MeetingPoint{};
-  warps.assign((threads + kWarp - 1) / kWarp, Warp{});
-  for (unsigned i = 0; i < threads; ++i) {
-    fibers[i]->index = dim3(i, 0, 0);
-    fibers[i]->finished = false;
-    fibers[i]->waits_at = nullptr;
-  }
-  std::shuffle(order.begin(), order.end(), shuffler);
-  for (unsigned left = threads; left > 0;) {
-    bool moved = false;
-    const size_t first = shuffler() % threads;
-    for (unsigned i = 0; i < threads; ++i) {
-      Fiber& fiber = *fibers[order[(first + i) % threads]];
+// Lets the threads of a warp run, in a random order, for as long as any of them can.
+bool run_warp(unsigned first, unsigned threads, unsigned& left) {
+  bool moved_ever = false;
+  for (bool moved = true; moved; moved_ever |= moved) {
+    moved = false;
+    // start + i * step goes through all 32 lanes, whatever the start and the odd step.
+    const unsigned random = static_cast<unsigned>(shuffler()), step = random | 1;
+    for (unsigned i = 0, start = random >> 8; i < kWarp; ++i) {
+      const unsigned lane = (start + i * step) % kWarp;
+      if (lane >= threads) continue;
+      Fiber& fiber = *fibers[first + lane];
       if (fiber.finished || (fiber.waits_at && fiber.waits_at->passed == fiber.since)) continue;
       fiber.waits_at = nullptr;
       to_fiber(fiber);
       moved = true;
       left -= fiber.finished;
+    }
+  }
+  return moved_ever;
+}
+
+// A warp runs ahead of the others as far as it can: what must wait for them, and does not, shows.
+void run_block(unsigned threads, std::vector<unsigned>& warp_order) {
+  block = MeetingPoint{};
+  warps.assign(warp_order.size(), Warp{});
+  for (unsigned i = 0; i < threads; ++i) {
+    fibers[i]->index = dim3(i, 0, 0);
+    fibers[i]->finished = false;
+    fibers[i]->waits_at = nullptr;
+  }
+  for (unsigned left = threads; left > 0;) {
+    bool moved = false;
+    std::shuffle(warp_order.begin(), warp_order.end(), shuffler);
+    for (const unsigned warp : warp_order) {
+      moved |= run_warp(warp * kWarp, std::min<unsigned>(kWarp, threads - warp * kWarp), left);
     }
     if (!moved) fail("threads wait for others that do not come");
   }
@@ -246,8 +262,8 @@ void launch(const void* kernel, dim3 grid, dim3 block_size, size_t shared_bytes,
   body_context = context;
   shared = static_cast<char*>(std::malloc(shared_bytes));
 
-  std::vector<unsigned> threads(block_threads);
-  std::iota(threads.begin(), threads.end(), 0u);
+  std::vector<unsigned> warp_order((block_threads + kWarp - 1) / kWarp);
+  std::iota(warp_order.begin(), warp_order.end(), 0u);
   std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y);
   std::iota(blocks.begin(), blocks.end(), uint64_t{0});
   std::shuffle(blocks.begin(), blocks.end(), shuffler);
@@ -257,7 +273,7 @@ void launch(const void* kernel, dim3 grid, dim3 block_size, size_t shared_bytes,
     current.block =
         dim3(static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x), 0);
     std::memset(shared, 0xff, shared_bytes);
-    run_block(block_threads, threads);
+    run_block(block_threads, warp_order);
   }
   std::free(shared);
 }

@@ -1,9 +1,10 @@
 // CUDA's words with a meaning on the CPU, so that the unmodified sources in csrc/cuda and
 // csrc/torch/cuda*.cpp compile with g++ and run here (simt.cpp). Included before everything else.
 //
-// A thread is a fiber. Blocks run one after the other in a shuffled order, and between two points
-// where they wait for each other the threads of a block run in a shuffled order. Shared memory has
-// exactly the size asked for and starts as NaNs; so does every tensor that a binding allocates.
+// A thread is a fiber. Blocks run one after the other in a shuffled order; so do the warps of a
+// block, each as far ahead of the others as barriers allow, and the threads of a warp. Shared
+// memory has exactly the size asked for and starts as NaNs; so does every tensor that a binding
+// allocates.
 #pragma once
 
 #include <cstddef>

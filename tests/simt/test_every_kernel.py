@@ -86,6 +86,36 @@ def test_rms_norm_takes_any_address(dtype: torch.dtype, kind: str, offset: int) 
                 close(actual, expected, dtype)
 
 
+@pytest.mark.parametrize("features", [24, 296, 8200])
+def test_rows_may_be_strided_differently(features: int) -> None:
+    build.load()
+    shape = (3, 4, features)
+    dense = torch.randn(shape)
+    strided = torch.randn(3, 4, features + 4)[..., :features]
+    permuted = torch.randn(4, 3, features).transpose(0, 1)
+    row = torch.randn(features).expand(shape)
+    weight = torch.rand(features)
+    ops = torch.ops.effkern
+    for x, residual, grad, grad_total in (
+        (strided, permuted, row, dense),
+        (permuted, row, dense, strided),
+        (row, dense, strided, permuted),
+        (dense, strided, permuted, row),
+    ):
+        outputs = []
+        for overload in ("simt", "reference"):
+            y, total, rstd = getattr(ops._add_rms_norm_forward, overload)(
+                x, residual, weight, 1, 1e-5
+            )
+            backward = getattr(ops._rms_norm_backward, overload)
+            gradients = backward(
+                grad, grad_total, x, weight, x.square().mean(-1).rsqrt(), 1, True, True
+            )
+            outputs.append([y, total, rstd, *gradients])
+        for actual, expected in zip(*outputs, strict=True):
+            close(actual, expected, torch.float32)
+
+
 def test_every_instance_runs() -> None:
     """8 of Adam's kernel (dtype, amsgrad), 16 of the forward's two and 24 of the backward's three
     (dtype, aligned or not), 4 of the sum of shares (dtype).
