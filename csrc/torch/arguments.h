@@ -16,6 +16,11 @@
 #include "common/dtype.h"
 #include "common/rows.h"
 
+// PyTorch 2.10's headers have it under its older name only.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace effkern {
 
 using torch::headeronly::ScalarType;

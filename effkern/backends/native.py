@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from effkern.backends import build_info
+
 __all__ = ["cpu_isa", "library_folder", "serves", "set_cpu_isa", "stream_limit", "why_not"]
 
 _NAMES = {"CPU": "libeffkern_cpu.so", "CUDA": "libeffkern_cuda.so"}
@@ -44,7 +46,8 @@ def _load(key: str) -> None:
     if key == "CUDA" and torch.version.cuda is None:
         _reasons[key] = "this PyTorch is built without CUDA"
     elif not path.exists():
-        _reasons[key] = f"{path.name} was not built"
+        reason = build_info.why_not_built(path.parent, key.lower()) or "it is not there"
+        _reasons[key] = f"{path.name} was not built: {reason}"
     else:
         try:
             torch.ops.load_library(str(path))
