@@ -127,8 +127,8 @@ class FusedOptimizer(Optimizer):
     ) -> None:
         """Fill the lists with every parameter that has a gradient, its gradient and its state.
 
-        Dynamo runs this method by its name, outside the graph, and takes what it lists as inputs
-        of the graph.
+        Dynamo knows this method by its name: it runs it once, outside the graph, and takes what it
+        lists as inputs of the graph.
         """
         names = self._state_names(group)
         chosen = [param for param in group["params"] if param.grad is not None]
@@ -145,10 +145,17 @@ class FusedOptimizer(Optimizer):
             for name, tensors in zip(names, states, strict=True):
                 tensors.append(state[name])
 
+    # Under another name Dynamo traces it like any method: slower to compile, but it may then
+    # follow a backward in the same graph.
+    _init_group_in_graph = _init_group
+
     def _step_traced(self, group: dict[str, Any]) -> None:
         params: list[Tensor] = []
         grads: list[Tensor] = []
         steps: list[Tensor] = []
         states: list[list[Tensor]] = [[] for _ in self._state_names(group)]
-        self._init_group(group, params, grads, steps, *states)
+        if getattr(torch._dynamo.config, "trace_autograd_ops", False):
+            self._init_group_in_graph(group, params, grads, steps, *states)
+        else:
+            self._init_group(group, params, grads, steps, *states)
         step_lists(self, group, params, grads, steps, states)

@@ -172,11 +172,12 @@ def train(step_of: Callable[[Any], Any], made: Any = effkern.FusedAdamW) -> list
         loss = model(x).square().mean()
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
-        return loss
+        for p in model.parameters():  # Dynamo traces no zero_grad
+            p.grad = None
+        return loss.detach()
 
     run = step_of(step)
-    losses = [run(torch.randn(4, 6)).detach() for _ in range(3)]
+    losses = [run(torch.randn(4, 6)) for _ in range(3)]
     return [*losses, *(p.detach() for p in model.parameters())]
 
 
@@ -185,6 +186,21 @@ def test_the_default_compile_of_a_training_step() -> None:
     expected = train(lambda step: step)
     torch.testing.assert_close(train(lambda step: torch.compile(step, backend=BACKEND)), expected)
     torch.testing.assert_close(train(lambda step: step, torch.optim.AdamW), expected)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "trace_autograd_ops"),
+    reason="this PyTorch traces no backward",
+)
+@pytest.mark.parametrize("eager_steps", [0, 1])
+def test_a_whole_training_step_in_one_graph(eager_steps: int) -> None:
+    def compiled(step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        whole = torch.compile(step, fullgraph=True, backend=BACKEND)
+        steps = iter([step] * eager_steps)
+        return lambda x: next(steps, whole)(x)
+
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        torch.testing.assert_close(train(compiled), train(lambda step: step))
 
 
 def test_opcheck_of_the_op_with_lr_in_a_tensor() -> None:
