@@ -11,6 +11,9 @@ namespace {
 // cache line.
 constexpr int64_t kGranule = 64;
 
+// A tensor of at most so many elements is small: see update_stretch.
+constexpr int64_t kSmall = 4096;
+
 template <class T>
 T* address(const int64_t* row, TableColumn column) {
   return reinterpret_cast<T*>(static_cast<uintptr_t>(row[column]));
@@ -60,11 +63,33 @@ void update_tail(const Tensor<T>& t, int64_t begin, int64_t count,
 }
 
 template <class T, bool kAmsgrad>
+EFFKERN_INLINE void prefetch(const Tensor<T>& t, int64_t i) {
+  __builtin_prefetch(t.param + i, 1);
+  __builtin_prefetch(t.grad + i);
+  __builtin_prefetch(t.exp_avg + i, 1);
+  __builtin_prefetch(t.exp_avg_sq + i, 1);
+  if constexpr (kAmsgrad) __builtin_prefetch(t.max_exp_avg_sq + i, 1);
+}
+
+// While a small tensor is updated, the next one is brought near: the hardware follows a stream only
+// once it is under way, and a small tensor ends before that. `ahead` is how much of `next` is worth
+// it.
+template <class T, bool kAmsgrad>
 void update_stretch(const Tensor<T>& t, int64_t begin, int64_t end,
-                    const AdamScalars<Acc<T>>& scalars) {
+                    const AdamScalars<Acc<T>>& scalars, const Tensor<T>& next, int64_t ahead) {
   int64_t i = begin;
+  for (int64_t j = 0; j < ahead && i + kLanes<T> <= end; i += kLanes<T>, j += kLanes<T>) {
+    prefetch<T, kAmsgrad>(next, j);
+    update_vector<T, kAmsgrad>(t, i, scalars);
+  }
   for (; i + kLanes<T> <= end; i += kLanes<T>) update_vector<T, kAmsgrad>(t, i, scalars);
   if (i < end) update_tail<T, kAmsgrad>(t, i, end - i, scalars);
+}
+
+template <class T>
+Tensor<T> tensor_at(const int64_t* row) {
+  return {address<T>(row, kParam), address<T>(row, kGrad), address<T>(row, kState0),
+          address<T>(row, kState1), address<T>(row, kState2)};
 }
 
 int64_t granule_at_or_after(int64_t element, int64_t numel) {
@@ -91,10 +116,9 @@ void update(const AdamTask& task, int64_t begin, int64_t end) {
       scalars = adam_scalars<Acc<T>>(task.options, step);
       scalars_step = step;
     }
-    const Tensor<T> tensor = {address<T>(row, kParam), address<T>(row, kGrad),
-                              address<T>(row, kState0), address<T>(row, kState1),
-                              address<T>(row, kState2)};
-    update_stretch<T, kAmsgrad>(tensor, from, to, scalars);
+    const int64_t* const next = i + 1 < task.tensors ? row + kTableColumns : row;
+    const int64_t ahead = to - from <= kSmall && next != row ? next[kNumel] : 0;
+    update_stretch<T, kAmsgrad>(tensor_at<T>(row), from, to, scalars, tensor_at<T>(next), ahead);
   }
 }
 
