@@ -1,7 +1,6 @@
 """The command ``effkern``.
 
-Nothing here imports torch before a command that needs it runs, so that ``effkern --help`` answers
-at once.
+The commands' own modules are imported when a command runs.
 """
 
 from __future__ import annotations
