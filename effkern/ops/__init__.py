@@ -1,9 +1,9 @@
 """The ops of effkern, ``torch.ops.effkern.*``: one file per family, in front of every backend."""
 
 from effkern.backends import native
-from effkern.ops import _declare, adam, rms_norm
+from effkern.ops import _declare, adam, rms_norm, watch
 
 native.load()
 _declare.fill_gaps()
 
-__all__ = ["adam", "rms_norm"]
+__all__ = ["adam", "rms_norm", "watch"]

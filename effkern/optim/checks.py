@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from effkern.optim.plan import DTYPE_CODES
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def name_of(group: dict[str, Any], param: Tensor) -> str:
     """How messages call ``param``: by its name where the group has names, else by its index."""
@@ -31,7 +33,7 @@ def check_param(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> N
         problem = f"must be float32, float64, bfloat16 or float16, got {param.dtype}"
     elif param.layout != torch.strided:
         problem = f"must be a dense tensor, got layout {param.layout}"
-    elif is_traceable_wrapper_subclass(param):
+    elif type(param) not in _PLAIN and is_traceable_wrapper_subclass(param):
         problem = f"must be a plain tensor, got {type(param).__name__}, which wraps others"
     elif 0 in param.stride() and torch._debug_has_internal_overlap(param) == 1:
         problem = (
@@ -54,12 +56,11 @@ def check_grad(optimizer: Optimizer, group: dict[str, Any], param: Tensor, grad:
             f"{kind} does not support sparse gradients: that of {name_of(group, param)} is "
             f"{grad.layout}"
         )
-    for what, has, must in (
-        ("dtype", grad.dtype, param.dtype),
-        ("device", grad.device, param.device),
-        ("shape", tuple(grad.shape), tuple(param.shape)),
-    ):
+    for what in ("dtype", "device", "shape"):
+        has, must = getattr(grad, what), getattr(param, what)
         if has != must:
+            if what == "shape":
+                has, must = tuple(has), tuple(must)
             raise RuntimeError(
                 f"{kind}: the gradient of {name_of(group, param)} must have {what} {must}, "
                 f"got {has}"
@@ -75,14 +76,17 @@ def check_state(
         RuntimeError: if a state tensor has another shape than the parameter, or the step counter
             is not one number.
     """
-    state = optimizer.state.get(param, {})
+    state = optimizer.state.get(param)
+    if not state:
+        return
+    shape = param.shape
     for name in names:
         value = state.get(name)
-        if value is not None and (not isinstance(value, Tensor) or value.shape != param.shape):
+        if value is not None and (not isinstance(value, Tensor) or value.shape != shape):
             has = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise RuntimeError(
                 f"{type(optimizer).__name__}: state {name!r} of {name_of(group, param)} must have "
-                f"shape {tuple(param.shape)}, got {has}"
+                f"shape {tuple(shape)}, got {has}"
             )
     step = state.get("step", 0)
     if not (isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1)):

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from effkern.optim.layout import addresses, int64
+
 #: Storage dtypes of the kernels, and their codes in ``csrc/common/dtype.h``.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -46,17 +48,18 @@ class Plan:
         steps: Sequence[Tensor],
         on_cpu: bool,
     ) -> None:
+        # The device is named throughout, for torch.set_default_device.
         self.table = torch.zeros((len(params), _COLUMNS), dtype=torch.int64, device="cpu")
-        self.table[:, _NUMEL] = _int64([p.numel() for p in params])
-        self.table[:, _PARAM] = _addresses(params)
+        self.table[:, _NUMEL] = int64([p.numel() for p in params])
+        self.table[:, _PARAM] = addresses(params)
         for i, state in enumerate(states):
-            self.table[:, _STATES + i] = _addresses(state)
-        self.table[:, _STEP] = _addresses(steps)
+            self.table[:, _STATES + i] = addresses(state)
+        self.table[:, _STEP] = addresses(steps)
 
         layouts = [DTYPE_CODES[params[0].dtype], int(steps[0].dtype == torch.float64)]
         for p in params:
             layouts += [p.dim(), *p.shape, *p.stride()]
-        self.layouts = _int64(layouts)
+        self.layouts = int64(layouts)
 
         if on_cpu:
             self.device_table = self.table
@@ -65,15 +68,6 @@ class Plan:
             device = params[0].device
             self.device_table = self.table.to(device, copy=True)
             self.chunks = _chunks(self.table[:, _NUMEL]).to(device)
-
-
-# Devices are named, for torch.set_default_device.
-def _int64(values: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device="cpu")
-
-
-def _addresses(tensors: Sequence[Tensor]) -> Tensor:
-    return _int64([tensor.data_ptr() for tensor in tensors])
 
 
 def _chunks(numels: Tensor) -> Tensor:

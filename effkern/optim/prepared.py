@@ -16,13 +16,13 @@ from effkern.optim.calls import ListedCall, PlannedCall
 from effkern.optim.checks import check_grad, check_param, check_state
 from effkern.optim.layout import share_memory
 from effkern.optim.state import complete
+from effkern.optim.watch import Watch
 
 if TYPE_CHECKING:
     from effkern.optim.fused import FusedOptimizer
 
 _grad = attrgetter("grad")
 _kinds = tuple(map(attrgetter, ("shape", "dtype", "device", "layout")))
-_data_ptr, _numel, _is_contiguous = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
 
 
 class Prepared:
@@ -40,16 +40,13 @@ class Prepared:
     none any more                                   the types of these are what they were
     state loaded, cleared, replaced, an entry       keys and values of ``optimizer.state``, and
     of a parameter's state replaced                 the entries, by identity
-    ``.data =``, ``.to()``, ``share_memory_()``,    the addresses of parameters, states and steps
-    a storage resized
-    ``.data =`` another view of the same memory     numbers of elements, contiguity, and where a
-                                                    parameter is not contiguous its strides
+    ``.data =``, ``.to()``, ``share_memory_()``,    a `Watch` on the address, dtype, shape and
+    a storage resized                               strides of parameters, states and steps
     a gradient of another dtype, device, layout     the kernel, before it writes; in Python where
     or shape                                        a step takes several calls, or the reference's
     ==============================================  ============================================
 
     Gradients are new at each step, so their addresses and strides are not part of this.
-    A view of the same memory under a *state* tensor is not looked for.
 
     It keeps no reference to its optimizer, whose memory a cycle would hold until the next
     garbage collection.
@@ -102,14 +99,10 @@ class Prepared:
         self._must_be = None if alone else [list(map(kind, self._params)) for kind in _kinds]
         self._owners, self._states = list(optimizer.state), list(optimizer.state.values())
         self._entries = entries
-        self._tensors = [*self._params, *entries]
-        self._addresses = list(map(_data_ptr, self._tensors))
-        self._numels = list(map(_numel, self._params))
-        self._contiguous = list(map(_is_contiguous, self._params))
-        self._strided = [p for p in self._params if not p.is_contiguous()]
-        self._strides = [p.stride() for p in self._strided]
+        written = [*self._params, *entries]
+        self._watch = Watch(written)
         # Tensors made in inference mode have no version counters.
-        self._versioned = [t for t in self._tensors if not t.is_inference()]
+        self._versioned = [t for t in written if not t.is_inference()]
 
     def current_grads(self, optimizer: FusedOptimizer) -> list[Tensor] | None:
         """The gradients for this step; None where what was prepared no longer holds."""
@@ -143,12 +136,7 @@ class Prepared:
                 return False
         except KeyError:
             return False
-        return (
-            list(map(_data_ptr, self._tensors)) == self._addresses
-            and list(map(_numel, self._params)) == self._numels
-            and list(map(_is_contiguous, self._params)) == self._contiguous
-            and [p.stride() for p in self._strided] == self._strides
-        )
+        return not self._watch.moved()
 
     def run(self, optimizer: FusedOptimizer, grads: list[Tensor]) -> bool:
         """Update every parameter.
@@ -164,11 +152,12 @@ class Prepared:
             {"lr": float(call.group["lr"]), **optimizer._scalars(call.group)}
             for call in self._calls
         ]
+        # Before the kernel, which drives the tensors' heads out of the caches.
+        torch.autograd.graph.increment_version(self._versioned)
         for call, arguments in zip(self._calls, scalars, strict=True):
             part = grads if len(call.which) == len(grads) else [grads[i] for i in call.which]
             if not call.kernel.run(part, arguments):
                 return False
-        torch.autograd.graph.increment_version(self._versioned)
         return True
 
 

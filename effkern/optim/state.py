@@ -32,22 +32,31 @@ def complete(state: dict[str, Any], param: Tensor, names: Sequence[str]) -> None
     step = state.get("step")
     if not isinstance(step, Tensor) or not step.is_cpu or step.dtype not in _COUNTERS:
         state["step"] = step_counter(0.0 if step is None else float(step))
-    # State made in inference mode could not be written outside.
-    with torch.inference_mode(False), torch.no_grad():
-        like = param if is_dense(param) else torch.empty_like(param, device="meta")
-        for name in names:
-            value = state.get(name)
-            if value is None:
-                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            elif (
-                value.dtype != param.dtype
-                or value.device != param.device
-                or not lies_like(value, like)
-            ):
-                made = torch.empty_strided(
-                    like.shape, like.stride(), dtype=param.dtype, device=param.device
-                )
-                state[name] = made.copy_(value)
+    like = param if is_dense(param) else torch.empty_like(param, device="meta")
+    for name in names:
+        value = state.get(name)
+        if value is None or not _fits(value, param, like):
+            state[name] = _made(value, param, like)
 
 
 _COUNTERS = (torch.float32, torch.float64)
+
+
+def _fits(value: Tensor, param: Tensor, like: Tensor) -> bool:
+    return (
+        value.dtype == param.dtype
+        and value.device == param.device
+        and (value.stride() == like.stride() or lies_like(value, like))
+    )
+
+
+def _made(value: Tensor | None, param: Tensor, like: Tensor) -> Tensor:
+    """Zeros, or ``value`` where there is one, as ``param`` with the strides of ``like``."""
+    # State made in inference mode could not be written outside.
+    with torch.inference_mode(False), torch.no_grad():
+        if value is None:
+            return torch.zeros_like(param, memory_format=torch.preserve_format)
+        made = torch.empty_strided(
+            like.shape, like.stride(), dtype=param.dtype, device=param.device
+        )
+        return made.copy_(value)
