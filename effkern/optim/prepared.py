@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from effkern.optim.fused import FusedOptimizer
 
 _grad = attrgetter("grad")
+_data_ptr, _numel, _is_contiguous = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
 _kinds = tuple(map(attrgetter, ("shape", "dtype", "device", "layout")))
 
 
@@ -40,8 +41,10 @@ class Prepared:
     none any more                                   the types of these are what they were
     state loaded, cleared, replaced, an entry       keys and values of ``optimizer.state``, and
     of a parameter's state replaced                 the entries, by identity
-    ``.data =``, ``.to()``, ``share_memory_()``,    a `Watch` on the address, dtype, shape and
-    a storage resized                               strides of parameters, states and steps
+    ``.data =``, ``.to()``, ``share_memory_()``,    address, dtype, shape and strides: of states
+    a storage resized                               and steps by a `Watch`; of parameters from
+                                                    Python, since a `Watch` holds its tensors, and
+                                                    ``Module.to`` may swap only what nobody holds
     a gradient of another dtype, device, layout     the kernel, before it writes; in Python where
     or shape                                        a step takes several calls, or the reference's
     ==============================================  ============================================
@@ -99,8 +102,9 @@ class Prepared:
         self._must_be = None if alone else [list(map(kind, self._params)) for kind in _kinds]
         self._owners, self._states = list(optimizer.state), list(optimizer.state.values())
         self._entries = entries
+        self._looks = _look(self._params)
+        self._watch = Watch(entries)
         written = [*self._params, *entries]
-        self._watch = Watch(written)
         # Tensors made in inference mode have no version counters.
         self._versioned = [t for t in written if not t.is_inference()]
 
@@ -136,7 +140,7 @@ class Prepared:
                 return False
         except KeyError:
             return False
-        return not self._watch.moved()
+        return _look(self._params) == self._looks and not self._watch.moved()
 
     def run(self, optimizer: FusedOptimizer, grads: list[Tensor]) -> bool:
         """Update every parameter.
@@ -206,6 +210,13 @@ def _calls(
                 kernel = PlannedCall(op, chosen, of_name, steps, on_cpu=backend == "cpu")
             calls.append(_Call(kernel, group, [first + i for i in part]))
     return calls
+
+
+def _look(params: list[Tensor]) -> list[list[Any]]:
+    """Where parameters stand and how they are laid out, in cheap calls."""
+    contiguous = map(_is_contiguous, params)
+    strided = [p.stride() for p, as_usual in zip(params, contiguous, strict=True) if not as_usual]
+    return [list(map(_data_ptr, params)), list(map(_numel, params)), strided]
 
 
 def _same(now: Collection[Any], then: Collection[Any]) -> bool:

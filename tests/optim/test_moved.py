@@ -296,3 +296,31 @@ def test_old_state_goes_before_new_state_is_made() -> None:
     old = weakref.ref(optimizer.state[params[0]]["exp_avg"])
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert old() is None
+
+
+def test_a_module_converted_by_swapping(backend: Backend) -> None:
+    """`Module.to` may swap a parameter's insides, where nobody but its owner holds them."""
+    if backend.device != "cpu":
+        pytest.skip("one device says it all")
+
+    def train(kind: type[Optimizer]) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        optimizer = kind(model.parameters(), lr=0.1)
+        for dtype in (torch.float32, torch.float64):
+            model.to(dtype)
+            for state in optimizer.state.values():
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = state[name].to(dtype)
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(torch.ones(2, 4, dtype=dtype)).square().sum().backward()
+                optimizer.step()
+        return model.weight.detach()
+
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        torch.testing.assert_close(train(effkern.FusedAdam), train(torch.optim.Adam))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
