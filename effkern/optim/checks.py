@@ -26,7 +26,8 @@ def check_param(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> N
 
     Raises:
         RuntimeError: if its dtype is none of `DTYPE_CODES`, its layout is not strided, its elements
-            share memory, or it is a subclass that wraps other tensors.
+            share memory, it is a view whose memory holds it negated, or a subclass that wraps
+            other tensors.
     """
     problem = ""
     if param.dtype not in DTYPE_CODES:
@@ -35,6 +36,8 @@ def check_param(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> N
         problem = f"must be a dense tensor, got layout {param.layout}"
     elif type(param) not in _PLAIN and is_traceable_wrapper_subclass(param):
         problem = f"must be a plain tensor, got {type(param).__name__}, which wraps others"
+    elif not torch.compiler.is_compiling() and param.is_neg():  # which Dynamo cannot trace
+        problem = "must not be a negated view of its memory"
     elif 0 in param.stride() and torch._debug_has_internal_overlap(param) == 1:
         problem = (
             "must have memory of its own for each element, got an expanded tensor of strides "
@@ -45,16 +48,21 @@ def check_param(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> N
 
 
 def check_grad(optimizer: Optimizer, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
-    """Refuse a gradient that is sparse, or whose dtype, device or shape is not its parameter's.
+    """Refuse a gradient that is sparse or wraps others, or that does not fit its parameter.
 
     Raises:
-        RuntimeError: as said.
+        RuntimeError: as said; to fit is to have its dtype, device and shape.
     """
     kind = type(optimizer).__name__
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"{kind} does not support sparse gradients: that of {name_of(group, param)} is "
             f"{grad.layout}"
+        )
+    if type(grad) not in _PLAIN and is_traceable_wrapper_subclass(grad):
+        raise RuntimeError(
+            f"{kind}: the gradient of {name_of(group, param)} must be a plain tensor, got "
+            f"{type(grad).__name__}, which wraps others"
         )
     for what in ("dtype", "device", "shape"):
         has, must = getattr(grad, what), getattr(param, what)

@@ -102,7 +102,8 @@ class Prepared:
         self._must_be = None if alone else [list(map(kind, self._params)) for kind in _kinds]
         self._owners, self._states = list(optimizer.state), list(optimizer.state.values())
         self._entries = entries
-        self._looks = _look(self._params)
+        self._strided = [param for param in self._params if not param.is_contiguous()]
+        self._looks = _look(self._params, self._strided)
         self._watch = Watch(entries)
         written = [*self._params, *entries]
         # Tensors made in inference mode have no version counters.
@@ -140,7 +141,7 @@ class Prepared:
                 return False
         except KeyError:
             return False
-        return _look(self._params) == self._looks and not self._watch.moved()
+        return _look(self._params, self._strided) == self._looks and not self._watch.moved()
 
     def run(self, optimizer: FusedOptimizer, grads: list[Tensor]) -> bool:
         """Update every parameter.
@@ -212,11 +213,17 @@ def _calls(
     return calls
 
 
-def _look(params: list[Tensor]) -> list[list[Any]]:
-    """Where parameters stand and how they are laid out, in cheap calls."""
-    contiguous = map(_is_contiguous, params)
-    strided = [p.stride() for p, as_usual in zip(params, contiguous, strict=True) if not as_usual]
-    return [list(map(_data_ptr, params)), list(map(_numel, params)), strided]
+def _look(params: list[Tensor], strided: list[Tensor]) -> list[list[Any]]:
+    """Where parameters stand and how they lie, in cheap calls.
+
+    ``strided``: those that are not contiguous, whose strides must be asked for.
+    """
+    return [
+        list(map(_data_ptr, params)),
+        list(map(_numel, params)),
+        list(map(_is_contiguous, params)),
+        [param.stride() for param in strided],
+    ]
 
 
 def _same(now: Collection[Any], then: Collection[Any]) -> bool:

@@ -34,6 +34,9 @@ GRADS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "expanded": lambda p: torch.randn((), device=p.device).expand(p.shape),
     "sliced": lambda p: torch.randn((*p.shape, 2), device=p.device)[..., 0],
+    "negated in memory": lambda p: (
+        torch.randn(p.shape, dtype=torch.complex64, device=p.device).conj().imag
+    ),
     "at an odd offset": lambda p: torch.randn(p.numel() + 1, device=p.device)[1:].view(p.shape),
 }
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.testing._internal.two_tensor import TwoTensor
 
 import effkern
 from effkern.backends import choice
@@ -173,6 +174,7 @@ def test_the_step_after_a_refused_one(backend: Backend) -> None:
         (torch.zeros(2, dtype=torch.int64), "float16, got torch.int64"),
         (torch.zeros(2, dtype=torch.complex64), "float16, got torch.complex64"),
         (torch.zeros(2, dtype=torch.float8_e4m3fn), "float16, got torch.float8_e4m3fn"),
+        (torch.zeros(2, dtype=torch.complex64).conj().imag, "must not be a negated view"),
         (torch.zeros(2, 2).to_sparse(), "must be a dense tensor, got layout torch.sparse_coo"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
@@ -193,12 +195,25 @@ def test_parameters(backend: Backend, param: Tensor, message: str) -> None:
 
 def test_wrappers_of_tensors() -> None:
     """A subclass without memory of its own."""
-    from torch.testing._internal.two_tensor import TwoTensor
-
     param = TwoTensor(torch.zeros(2), torch.zeros(2)).requires_grad_()
     param.grad = TwoTensor(torch.ones(2), torch.ones(2))
     with pytest.raises(RuntimeError, match="must be a plain tensor, got TwoTensor"):
         effkern.FusedAdamW([param]).step()
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_gradients_that_wrap_others(steps: int) -> None:
+    """At once, and after plain ones."""
+    param = Parameter(torch.zeros(2))
+    optimizer = effkern.FusedAdamW([param])
+    for _ in range(steps):
+        param.grad = torch.ones(2)
+        optimizer.step()
+    before = param.detach().clone()
+    param.grad = TwoTensor(torch.ones(2), torch.ones(2))
+    with pytest.raises(RuntimeError, match="must be a plain tensor, got TwoTensor"):
+        optimizer.step()
+    assert torch.equal(param, before)
 
 
 @pytest.mark.parametrize(
