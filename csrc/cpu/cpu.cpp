@@ -12,26 +12,12 @@ int64_t grain_of_rows(int64_t features) {
   return features >= kGrainElements ? 1 : kGrainElements / (features > 0 ? features : 1);
 }
 
-template <class Work>
-void run(ParallelFor parallel_for, int64_t total, int64_t grain, const Work& work) {
-  if (total <= grain) {
-    if (total > 0) work(0, total);
-    return;
-  }
-  parallel_for(
-      total, grain,
-      [](int64_t begin, int64_t end, void* context) {
-        (*static_cast<const Work*>(context))(begin, end);
-      },
-      const_cast<void*>(static_cast<const void*>(&work)));
-}
-
 }  // namespace
 
 void rms_norm_forward(const RmsNormForward& args, ParallelFor parallel_for) {
   const Kernels& kernels = chosen_kernels();
-  run(parallel_for, args.rows, grain_of_rows(args.features),
-      [&](int64_t begin, int64_t end) { kernels.rms_norm_forward(args, begin, end); });
+  in_threads(parallel_for, args.rows, grain_of_rows(args.features),
+             [&](int64_t begin, int64_t end) { kernels.rms_norm_forward(args, begin, end); });
 }
 
 RowChunks rms_norm_chunks(int64_t rows) {
@@ -44,40 +30,41 @@ RowChunks rms_norm_chunks(int64_t rows) {
 void rms_norm_backward(const RmsNormBackward& args, void* partial, ParallelFor parallel_for) {
   const Kernels& kernels = chosen_kernels();
   if (!args.grad_weight) {
-    run(parallel_for, args.rows, grain_of_rows(args.features), [&](int64_t begin, int64_t end) {
-      kernels.rms_norm_backward(args, 1, nullptr, begin, end);
-    });
+    in_threads(parallel_for, args.rows, grain_of_rows(args.features),
+               [&](int64_t begin, int64_t end) {
+                 kernels.rms_norm_backward(args, 1, nullptr, begin, end);
+               });
     return;
   }
   const RowChunks chunks = rms_norm_chunks(args.rows);
-  run(parallel_for, chunks.count, grain_of_rows(args.features * chunks.rows),
-      [&](int64_t begin, int64_t end) {
-        kernels.rms_norm_backward(args, chunks.rows, partial, begin, end);
-      });
+  in_threads(parallel_for, chunks.count, grain_of_rows(args.features * chunks.rows),
+             [&](int64_t begin, int64_t end) {
+               kernels.rms_norm_backward(args, chunks.rows, partial, begin, end);
+             });
   // Whole vectors to each thread: a grain of 1,024 features is a multiple of every vector's lanes.
   constexpr int64_t kFeatureGrain = 1024;
   const int64_t grains = (args.features + kFeatureGrain - 1) / kFeatureGrain;
-  run(parallel_for, grains, grain_of_rows(kFeatureGrain * (chunks.count + 1)),
-      [&](int64_t begin, int64_t end) {
-        const int64_t last =
-            end * kFeatureGrain < args.features ? end * kFeatureGrain : args.features;
-        kernels.rms_norm_weight(args, chunks.count, partial, begin * kFeatureGrain, last);
-      });
+  in_threads(parallel_for, grains, grain_of_rows(kFeatureGrain * (chunks.count + 1)),
+             [&](int64_t begin, int64_t end) {
+               const int64_t last =
+                   end * kFeatureGrain < args.features ? end * kFeatureGrain : args.features;
+               kernels.rms_norm_weight(args, chunks.count, partial, begin * kFeatureGrain, last);
+             });
 }
 
 void adam(const AdamTask& task, ParallelFor parallel_for) {
   int64_t elements = 0;
   for (int64_t i = 0; i < task.tensors; ++i) elements += task.table[i * kTableColumns + kNumel];
   const Kernels& kernels = chosen_kernels();
-  run(parallel_for, elements, kGrainElements,
-      [&](int64_t begin, int64_t end) { kernels.adam(task, begin, end); });
+  in_threads(parallel_for, elements, kGrainElements,
+             [&](int64_t begin, int64_t end) { kernels.adam(task, begin, end); });
 }
 
 void bandwidth(const BandwidthTask& task, int64_t elements, ParallelFor parallel_for) {
   const Kernels& kernels = chosen_kernels();
   // Counted in stretches of 64 elements, so that every thread's begins on a cache line.
-  run(parallel_for, elements / 64, kGrainElements / 64,
-      [&](int64_t begin, int64_t end) { kernels.bandwidth(task, begin * 64, end * 64); });
+  in_threads(parallel_for, elements / 64, kGrainElements / 64,
+             [&](int64_t begin, int64_t end) { kernels.bandwidth(task, begin * 64, end * 64); });
 }
 
 }  // namespace effkern::cpu

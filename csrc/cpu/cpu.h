@@ -15,6 +15,21 @@ namespace effkern::cpu {
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t total, int64_t grain, Body body, void* context);
 
+// Calls work(begin, end) so; what fits one grain runs right here.
+template <class Work>
+void in_threads(ParallelFor parallel_for, int64_t total, int64_t grain, const Work& work) {
+  if (total <= grain) {
+    if (total > 0) work(int64_t{0}, total);
+    return;
+  }
+  parallel_for(
+      total, grain,
+      [](int64_t begin, int64_t end, void* context) {
+        (*static_cast<const Work*>(context))(begin, end);
+      },
+      const_cast<void*>(static_cast<const void*>(&work)));
+}
+
 void rms_norm_forward(const RmsNormForward& args, ParallelFor parallel_for);
 
 // How the rows are cut to sum the weight's gradient. It depends on the shape alone, so that the sum

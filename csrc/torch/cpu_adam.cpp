@@ -7,10 +7,16 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-void run(const int64_t* table, int64_t tensors, DType dtype, bool steps_are_double,
-         const AdamOptions& options) {
-  for (int64_t i = 0; i < tensors; ++i) increase_step(table + i * kTableColumns, steps_are_double);
-  cpu::adam({dtype, steps_are_double, table, tensors, options}, torch_threads);
+// Counting a step, or taking an address, is waiting for memory: threads wait side by side.
+constexpr int64_t kTensorsAThread = 256;
+
+void run(const cpu::AdamTask& task) {
+  cpu::in_threads(torch_threads, task.tensors, kTensorsAThread, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      increase_step(task.table + i * kTableColumns, task.steps_are_double);
+    }
+  });
+  cpu::adam(task, torch_threads);
 }
 
 void adam(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
@@ -19,8 +25,11 @@ void adam(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
           bool amsgrad, bool maximize) {
   const AdamTable table =
       adam_table({params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps}, amsgrad);
-  run(table.rows.data(), table.tensors(), table.dtype, table.steps_are_double,
-      {lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize});
+  run({table.dtype,
+       table.steps_are_double,
+       table.rows.data(),
+       table.tensors(),
+       {lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize}});
 }
 
 int64_t adam_planned(const Tensor& table, const Tensor& device_table, const Tensor& chunks,
@@ -33,9 +42,14 @@ int64_t adam_planned(const Tensor& table, const Tensor& device_table, const Tens
   const PlannedLayouts planned(layouts, tensors);
   const int64_t mismatch = planned.first_mismatch(grads, device_of(table));
   if (mismatch >= 0) return mismatch;
-  put_grads(rows, grads);
-  run(rows, tensors, planned.dtype(), planned.steps_are_double(),
-      {lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize});
+  cpu::in_threads(torch_threads, tensors, kTensorsAThread, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) put_grad(rows + i * kTableColumns, grads[i]);
+  });
+  run({planned.dtype(),
+       planned.steps_are_double(),
+       rows,
+       tensors,
+       {lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize}});
   return -1;
 }
 

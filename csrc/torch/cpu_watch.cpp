@@ -33,12 +33,7 @@ class Watch {
     };
     // Nearly all of the time goes into waiting for memory: threads wait side by side.
     constexpr int64_t kGrain = 2048;
-    torch_threads(
-        static_cast<int64_t>(tensors_.size()), kGrain,
-        [](int64_t begin, int64_t end, void* context) {
-          (*static_cast<decltype(look)*>(context))(begin, end);
-        },
-        const_cast<void*>(static_cast<const void*>(&look)));
+    cpu::in_threads(torch_threads, static_cast<int64_t>(tensors_.size()), kGrain, look);
     return !same;
   }
 

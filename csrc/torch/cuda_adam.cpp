@@ -91,7 +91,10 @@ int64_t adam_planned_(const Tensor& table, const Tensor& device_table, const Ten
   const int64_t mismatch = planned.first_mismatch(grads, device);
   if (mismatch >= 0) return mismatch;
 
-  const bool moved = put_grads(rows, grads);
+  bool moved = false;
+  for (int64_t i = 0; i < tensors; ++i) {
+    moved = put_grad(rows + i * kTableColumns, grads[i]) || moved;
+  }
   std::optional<int64_t> elapsed = increase_steps(rows, tensors, planned.steps_are_double());
   if (chunks.numel() == 0) return -1;
   const CudaDevice current(device);

@@ -88,15 +88,11 @@ inline int64_t* planned_table(const Tensor& table, const std::vector<Tensor>& gr
   return static_cast<int64_t*>(table.mutable_data_ptr());
 }
 
-// Puts the gradients' addresses in the table; true where one differs from what stood there.
-inline bool put_grads(int64_t* table, const std::vector<Tensor>& grads) {
-  bool changed = false;
-  for (const Tensor& grad : grads) {
-    const int64_t address = address_of(grad);
-    changed = changed || table[kGrad] != address;
-    table[kGrad] = address;
-    table += kTableColumns;
-  }
+// Puts a gradient's address in its row of the table; true where it differs from what stood there.
+inline bool put_grad(int64_t* row, const Tensor& grad) {
+  const int64_t address = address_of(grad);
+  const bool changed = row[kGrad] != address;
+  row[kGrad] = address;
   return changed;
 }
 
