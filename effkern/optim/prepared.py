@@ -15,7 +15,7 @@ from effkern.backends import choice
 from effkern.optim.calls import ListedCall, PlannedCall
 from effkern.optim.checks import check_grad, check_param, check_state
 from effkern.optim.layout import share_memory
-from effkern.optim.state import complete
+from effkern.optim.state import complete, create
 from effkern.optim.watch import Watch
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ class Prepared:
         self._calls: list[_Call] = []
         for group, names, params in zip(groups, self._names, of_group, strict=True):
             states = [optimizer.state[param] for param in params]
+            new = [(s, p) for s, p in zip(states, params, strict=True) if not s]
+            create([s for s, _ in new], [p for _, p in new], names)
             for param, state in zip(params, states, strict=True):
                 complete(state, param, names)
             self._holders.append((itemgetter(*names, "step"), states))

@@ -204,3 +204,25 @@ def test_no_state_before_the_first_gradient() -> None:
     optimizer.step()
     assert list(optimizer.state) == [params[1]]
     assert list(optimizer.state[params[1]]) == ["step", "exp_avg", "exp_avg_sq"]
+
+
+def test_no_half_made_state_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = make_params()
+    optimizer = effkern.FusedAdamW(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    resize, calls = torch.Tensor.resize_, []
+
+    def runs_out(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        calls.append(shape)
+        if len(calls) == 5:
+            raise MemoryError
+        return resize(tensor, shape)
+
+    monkeypatch.setattr(torch.Tensor, "resize_", runs_out)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    monkeypatch.undo()
+    assert not any(optimizer.state.values())
+    optimizer.step()
+    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in params)
