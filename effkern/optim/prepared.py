@@ -159,12 +159,15 @@ class Prepared:
             {"lr": float(call.group["lr"]), **optimizer._scalars(call.group)}
             for call in self._calls
         ]
-        # Before the kernel, which drives the tensors' heads out of the caches.
+        # Before the kernels, which drive PyTorch's records of the tensors out of the caches. So the
+        # counters rise also where a kernel then refuses a gradient.
         torch.autograd.graph.increment_version(self._versioned)
         for call, arguments in zip(self._calls, scalars, strict=True):
             part = grads if len(call.which) == len(grads) else [grads[i] for i in call.which]
             if not call.kernel.run(part, arguments):
-                return False
+                if call is self._calls[0]:
+                    return False
+                raise RuntimeError("a gradient changed while the step was running")
         return True
 
 
