@@ -13,19 +13,6 @@ void run(const RmsNormForward& args, Device) {
   cpu::rms_norm_forward(args, torch_threads);
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& weight,
-                                   int64_t dims, double eps) {
-  RmsNormOutputs out = call_rms_norm_forward(x, nullptr, weight, dims, eps, run);
-  return {std::move(out.y), std::move(out.rstd)};
-}
-
-std::tuple<Tensor, Tensor, Tensor> add_forward(const Tensor& x, const Tensor& residual,
-                                               const std::optional<Tensor>& weight, int64_t dims,
-                                               double eps) {
-  RmsNormOutputs out = call_rms_norm_forward(x, &residual, weight, dims, eps, run);
-  return {std::move(out.y), *std::move(out.total), std::move(out.rstd)};
-}
-
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, const std::optional<Tensor>& grad_total,
                                     const Tensor& x, const std::optional<Tensor>& weight,
                                     const Tensor& rstd, int64_t dims, bool wants_x,
@@ -45,7 +32,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const std::optional<Tens
 }  // namespace effkern
 
 STABLE_TORCH_LIBRARY_IMPL(effkern, CPU, m) {
-  m.impl("_rms_norm_forward", TORCH_BOX(&effkern::forward));
-  m.impl("_add_rms_norm_forward", TORCH_BOX(&effkern::add_forward));
+  m.impl("_rms_norm_forward", TORCH_BOX(&effkern::rms_norm_forward_op<effkern::run>));
+  m.impl("_add_rms_norm_forward", TORCH_BOX(&effkern::add_rms_norm_forward_op<effkern::run>));
   m.impl("_rms_norm_backward", TORCH_BOX(&effkern::backward));
 }

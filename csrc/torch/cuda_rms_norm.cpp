@@ -12,19 +12,6 @@ void run(const RmsNormForward& task, Device device) {
   cuda::rms_norm_forward(task, current.stream());
 }
 
-std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const std::optional<Tensor>& weight,
-                                            int64_t dims, double eps) {
-  RmsNormOutputs out = call_rms_norm_forward(x, nullptr, weight, dims, eps, run);
-  return {std::move(out.y), std::move(out.rstd)};
-}
-
-std::tuple<Tensor, Tensor, Tensor> add_rms_norm_forward(const Tensor& x, const Tensor& residual,
-                                                        const std::optional<Tensor>& weight,
-                                                        int64_t dims, double eps) {
-  RmsNormOutputs out = call_rms_norm_forward(x, &residual, weight, dims, eps, run);
-  return {std::move(out.y), *std::move(out.total), std::move(out.rstd)};
-}
-
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad,
                                              const std::optional<Tensor>& grad_total,
                                              const Tensor& x, const std::optional<Tensor>& weight,
@@ -45,7 +32,9 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad,
 }  // namespace effkern
 
 STABLE_TORCH_LIBRARY_IMPL(effkern, EFFKERN_CUDA_KEY, m) {
-  m.impl("_rms_norm_forward" EFFKERN_CUDA_OVERLOAD, TORCH_BOX(&effkern::rms_norm_forward));
-  m.impl("_add_rms_norm_forward" EFFKERN_CUDA_OVERLOAD, TORCH_BOX(&effkern::add_rms_norm_forward));
+  m.impl("_rms_norm_forward" EFFKERN_CUDA_OVERLOAD,
+         TORCH_BOX(&effkern::rms_norm_forward_op<effkern::run>));
+  m.impl("_add_rms_norm_forward" EFFKERN_CUDA_OVERLOAD,
+         TORCH_BOX(&effkern::add_rms_norm_forward_op<effkern::run>));
   m.impl("_rms_norm_backward" EFFKERN_CUDA_OVERLOAD, TORCH_BOX(&effkern::rms_norm_backward));
 }

@@ -42,16 +42,17 @@ struct RmsNormExtents {
   }
 };
 
+using RunRmsNormForward = void (*)(const RmsNormForward&, Device);
+
 struct RmsNormOutputs {
   Tensor y, rstd;
   std::optional<Tensor> total;  // where there is a residual
 };
 
-// run(const RmsNormForward&, Device) does the work.
-template <class Run>
-RmsNormOutputs call_rms_norm_forward(const Tensor& x, const Tensor* residual,
-                                     const std::optional<Tensor>& weight, int64_t dims, double eps,
-                                     Run&& run) {
+// `run` does the work.
+inline RmsNormOutputs call_rms_norm_forward(const Tensor& x, const Tensor* residual,
+                                            const std::optional<Tensor>& weight, int64_t dims,
+                                            double eps, RunRmsNormForward run) {
   const DType dtype = dtype_of(x, "x");
   const Device device = device_of(x);
   const RmsNormExtents extents(x, dims);
@@ -90,6 +91,23 @@ RmsNormOutputs call_rms_norm_forward(const Tensor& x, const Tensor* residual,
   }
   if (p.rows > 0) run(static_cast<const RmsNormForward&>(p), device);
   return out;
+}
+
+// The ops, where kRun does the work on the binding's device.
+
+template <RunRmsNormForward kRun>
+std::tuple<Tensor, Tensor> rms_norm_forward_op(const Tensor& x, const std::optional<Tensor>& weight,
+                                               int64_t dims, double eps) {
+  RmsNormOutputs out = call_rms_norm_forward(x, nullptr, weight, dims, eps, kRun);
+  return {std::move(out.y), std::move(out.rstd)};
+}
+
+template <RunRmsNormForward kRun>
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_forward_op(const Tensor& x, const Tensor& residual,
+                                                           const std::optional<Tensor>& weight,
+                                                           int64_t dims, double eps) {
+  RmsNormOutputs out = call_rms_norm_forward(x, &residual, weight, dims, eps, kRun);
+  return {std::move(out.y), *std::move(out.total), std::move(out.rstd)};
 }
 
 // run(const RmsNormBackward&, Device) does the work, also for zero rows: a wanted grad_weight is

@@ -1,11 +1,3 @@
-import pytest
-import torch
+from tests.support.threads import one_thread
 
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    """Threads make work this small slower, most of all on a machine that is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]

@@ -302,7 +302,7 @@ def test_on_the_reference_backend() -> None:
 def test_on_every_instruction_set(isa: str) -> None:
     before = native.cpu_isa()
     if before is None or not native.set_cpu_isa(isa):
-        pytest.skip("not here")
+        pytest.skip(f"no {isa} on this machine, or no CPU library")
     try:
         twins = Twins(some_params())
         twins.step()
