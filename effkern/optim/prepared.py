@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from effkern.optim.fused import FusedOptimizer
 
 _grad = attrgetter("grad")
-_data_ptr, _numel, _is_contiguous = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
+_data_ptr, _is_contiguous = Tensor.data_ptr, Tensor.is_contiguous
 _kinds = tuple(map(attrgetter, ("shape", "dtype", "device", "layout")))
 
 
@@ -39,12 +39,14 @@ class Prepared:
     another backend chosen                          the choice itself
     a parameter got its first gradient, or has      the gradients of the others are still None;
     none any more                                   the types of these are what they were
-    state loaded, cleared, replaced, an entry       keys and values of ``optimizer.state``, and
-    of a parameter's state replaced                 the entries, by identity
-    ``.data =``, ``.to()``, ``share_memory_()``,    address, dtype, shape and strides: of states
-    a storage resized                               and steps by a `Watch`; of parameters from
-                                                    Python, since a `Watch` holds its tensors, and
-                                                    ``Module.to`` may swap only what nobody holds
+    state loaded, cleared, replaced, an entry       the values of ``optimizer.state`` and the
+    of a parameter's state replaced                 entries in them, by identity
+    ``.data =``, ``.to()``, ``share_memory_()``,    addresses: of states and steps by a `Watch`, of
+    a storage resized                               parameters from Python, since a `Watch` holds
+                                                    its tensors and ``Module.to`` may swap only
+                                                    what nobody holds
+    ``.data =`` another view of the same memory     a parameter's contiguity, its strides where it
+                                                    has none; its gradient's shape, by the kernel
     a gradient of another dtype, device, layout     the kernel, before it writes; in Python where
     or shape                                        a step takes several calls, or the reference's
     ==============================================  ============================================
@@ -102,7 +104,7 @@ class Prepared:
         self._grad_types = {type(param.grad) for param in self._params}
         alone = len(self._calls) == 1 and isinstance(self._calls[0].kernel, PlannedCall)
         self._must_be = None if alone else [list(map(kind, self._params)) for kind in _kinds]
-        self._owners, self._states = list(optimizer.state), list(optimizer.state.values())
+        self._states = list(optimizer.state.values())
         self._entries = entries
         self._strided = [param for param in self._params if not param.is_contiguous()]
         self._looks = _look(self._params, self._strided)
@@ -135,7 +137,7 @@ class Prepared:
     def _stands(self, optimizer: FusedOptimizer) -> bool:
         """Whether every tensor that a step writes is still there, where it was."""
         state = optimizer.state
-        if not (_same(state, self._owners) and _same(state.values(), self._states)):
+        if not _same(state.values(), self._states):
             return False
         try:
             entries = chain.from_iterable(chain.from_iterable(map(g, h)) for g, h in self._holders)
@@ -225,7 +227,6 @@ def _look(params: list[Tensor], strided: list[Tensor]) -> list[list[Any]]:
     """
     return [
         list(map(_data_ptr, params)),
-        list(map(_numel, params)),
         list(map(_is_contiguous, params)),
         [param.stride() for param in strided],
     ]

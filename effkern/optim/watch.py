@@ -12,7 +12,7 @@ from effkern.backends import native
 
 
 class Watch:
-    """Notices when a tensor's address, dtype, shape or strides are no longer what they were.
+    """Notices when a tensor's address, dtype or number of elements is no longer what it was.
 
     Args:
         tensors: strided, on any devices; kept alive.
@@ -35,7 +35,7 @@ class Watch:
         return self._look() != self._seen
 
     def _look(self) -> list[tuple[object, ...]]:
-        return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in self._tensors]
+        return [(t.data_ptr(), t.dtype, t.numel()) for t in self._tensors]
 
 
 _watch_moved = torch.ops.effkern._watch_moved.default

@@ -26,18 +26,6 @@ def swap(t: Tensor) -> None:
     t.data = t.data.clone()
 
 
-def transpose(t: Tensor) -> None:
-    t.data = t.data.t()
-
-
-def reshape(t: Tensor) -> None:
-    t.data = t.data.view(9, 4)
-
-
-def flatten(t: Tensor) -> None:
-    t.data = t.data.view(-1)
-
-
 def shorten(t: Tensor) -> None:
     t.data = t.data[:3]
 
@@ -58,7 +46,7 @@ def share(t: Tensor) -> None:
     t.share_memory_()
 
 
-CHANGES = [swap, transpose, reshape, flatten, shorten, change_dtype, reinterpret, grow, share]
+CHANGES = [swap, shorten, change_dtype, reinterpret, grow, share]
 
 
 @pytest.mark.usefixtures("_form")
