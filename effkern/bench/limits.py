@@ -11,6 +11,9 @@ from torch import Tensor
 from effkern.backends import native
 from effkern.bench.timers import Contestant, Rotation
 
+#: By how many elements the buffers of a limit are staggered: a page and a cache line.
+STAGGER = 1040
+
 
 @dataclass(frozen=True)
 class Streams:
@@ -61,7 +64,11 @@ def copy_limit(passes: Sequence[Streams], *, buffer_bytes: int, device: torch.de
     elements = max(1, buffer_bytes // torch.float32.itemsize)
 
     def make() -> list[Tensor]:
-        return [torch.zeros(elements, device=device) for _ in range(reads)]
+        # Each buffer begins a little later in its memory than the one before: streams that are a
+        # power of two apart would compete for the same banks, and no limit would be seen.
+        room = elements + reads * STAGGER
+        starts = [i * STAGGER for i in range(reads)]
+        return [torch.zeros(room, device=device)[start : start + elements] for start in starts]
 
     def run(buffers: list[Tensor]) -> list[Tensor]:
         written = []
