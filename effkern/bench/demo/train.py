@@ -25,10 +25,10 @@ PHASES = ("forward", "backward", "optimizer")
 #: The names of the two sides.
 STOCK, EFFKERN = "stock PyTorch", "effkern"
 
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 3e-4
 
 #: Steps over which the learning rate rises to `LEARNING_RATE`.
-RATE_WARM_UP = 10
+RATE_WARM_UP = 20
 
 #: What both optimizers are set to besides the learning rate.
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1}
