@@ -1,6 +1,5 @@
 // effkern::_watch, _watch_moved and _unwatch: whether tensors, on any device, still stand where
-// they stood. An optimizer asks this of every parameter and state at every step; from Python it
-// would cost as much as the step itself.
+// they stood. An optimizer asks this of every state at every step.
 #include <atomic>
 #include <memory>
 #include <vector>
