@@ -7,7 +7,7 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-// Counting a step, or taking an address, is waiting for memory: threads wait side by side.
+// Counting a step is waiting for memory: threads wait side by side.
 constexpr int64_t kTensorsAThread = 256;
 
 void run(const cpu::AdamTask& task) {
@@ -32,25 +32,16 @@ void adam(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
        {lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize}});
 }
 
-int64_t adam_planned(const Tensor& table, const Tensor& device_table, const Tensor& chunks,
-                     const Tensor& layouts, const Tensors& grads, double lr, double beta1,
-                     double beta2, double eps, double weight_decay, bool decoupled, bool amsgrad,
-                     bool maximize) {
-  (void)device_table, (void)chunks;  // a GPU's
-  int64_t* const rows = planned_table(table, grads);
-  const int64_t tensors = table.size(0);
-  const PlannedLayouts planned(layouts, tensors);
-  const int64_t mismatch = planned.first_mismatch(grads, device_of(table));
-  if (mismatch >= 0) return mismatch;
-  cpu::in_threads(torch_threads, tensors, kTensorsAThread, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) put_grad(rows + i * kTableColumns, grads[i]);
-  });
-  run({planned.dtype(),
-       planned.steps_are_double(),
-       rows,
-       tensors,
+void adam_planned(const Tensor& table, const Tensor& device_table, const Tensor& chunks,
+                  const Tensor& layouts, bool moved, double lr, double beta1, double beta2,
+                  double eps, double weight_decay, bool decoupled, bool amsgrad, bool maximize) {
+  (void)device_table, (void)chunks, (void)moved;  // a GPU's
+  const PlanHeader plan(layouts);
+  run({plan.dtype(),
+       plan.steps_are_double(),
+       planned_table(table),
+       table.size(0),
        {lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize}});
-  return -1;
 }
 
 }  // namespace

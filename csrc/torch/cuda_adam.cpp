@@ -72,14 +72,13 @@ std::optional<int64_t> increase_steps(const int64_t* table, int64_t tensors, boo
   return agree ? common : std::nullopt;
 }
 
-int64_t adam_planned_(const Tensor& table, const Tensor& device_table, const Tensor& chunks,
-                      const Tensor& layouts, const std::vector<Tensor>& grads, double lr,
-                      double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-                      bool amsgrad, bool maximize) {
-  const int64_t tensors = static_cast<int64_t>(grads.size());
+void adam_planned_(const Tensor& table, const Tensor& device_table, const Tensor& chunks,
+                   const Tensor& layouts, bool moved, double lr, double beta1, double beta2,
+                   double eps, double weight_decay, bool decoupled, bool amsgrad, bool maximize) {
+  int64_t* const rows = planned_table(table);
+  const int64_t tensors = table.size(0);
+  const PlanHeader plan(layouts);
   const Device device = device_of(device_table);
-  int64_t* const rows = planned_table(table, grads);
-  const PlannedLayouts planned(layouts, tensors);
   STD_TORCH_CHECK(device_table.is_contiguous() && device_table.numel() == table.numel() &&
                       device_table.scalar_type() == ScalarType::Long,
                   "device_table must be a copy of table on the parameters' device");
@@ -88,31 +87,23 @@ int64_t adam_planned_(const Tensor& table, const Tensor& device_table, const Ten
                       chunks.size(1) == kChunkColumns,
                   "chunks must be a contiguous int32 tensor of ", int64_t{kChunkColumns},
                   " columns on the device of device_table");
-  const int64_t mismatch = planned.first_mismatch(grads, device);
-  if (mismatch >= 0) return mismatch;
-
-  bool moved = false;
-  for (int64_t i = 0; i < tensors; ++i) {
-    moved = put_grad(rows + i * kTableColumns, grads[i]) || moved;
-  }
-  std::optional<int64_t> elapsed = increase_steps(rows, tensors, planned.steps_are_double());
-  if (chunks.numel() == 0) return -1;
+  std::optional<int64_t> elapsed = increase_steps(rows, tensors, plan.steps_are_double());
+  if (chunks.numel() == 0) return;
   const CudaDevice current(device);
   const cudaStream_t stream = current.stream();
   if (moved || !elapsed) {
     for (int64_t i = 0; i < tensors; ++i) {
       int64_t* const row = rows + i * kTableColumns;
-      row[kSteps] = static_cast<int64_t>(step_of(row, planned.steps_are_double()));
+      row[kSteps] = static_cast<int64_t>(step_of(row, plan.steps_are_double()));
     }
     elapsed = 0;
     upload(device_table.mutable_data_ptr(), rows, tensors * kTableColumns * sizeof(int64_t),
            stream);
   }
-  cuda::adam({planned.dtype(), static_cast<const int64_t*>(device_table.const_data_ptr()),
+  cuda::adam({plan.dtype(), static_cast<const int64_t*>(device_table.const_data_ptr()),
               static_cast<const int32_t*>(chunks.const_data_ptr()), chunks.size(0), *elapsed,
               AdamOptions{lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize}},
              stream);
-  return -1;
 }
 
 }  // namespace

@@ -17,83 +17,38 @@ inline int64_t address_of(const Tensor& tensor) {
 
 // ---- the plan: made once, used at each step ----
 
-// The tensor `layouts` of `_adam_planned_`: [dtype code, 1 if steps are float64 else 0, then for
-// each tensor its ndim, sizes and strides].
-class PlannedLayouts {
+// The tensor `layouts` of a plan: [dtype code, 1 if steps are float64 else 0, then for each tensor
+// its ndim, sizes and strides].
+class PlanHeader {
  public:
-  PlannedLayouts(const Tensor& layouts, int64_t tensors)
-      : numbers_(data(layouts)), end_(numbers_ + layouts.numel()), tensors_(tensors) {
-    STD_TORCH_CHECK(end_ - numbers_ >= kHeader, "layouts has ", end_ - numbers_,
+  explicit PlanHeader(const Tensor& layouts) {
+    STD_TORCH_CHECK(
+        layouts.is_cpu() && layouts.is_contiguous() && layouts.scalar_type() == ScalarType::Long,
+        "layouts must be a contiguous int64 CPU tensor");
+    STD_TORCH_CHECK(layouts.numel() >= kHeader, "layouts has ", layouts.numel(),
                     " numbers; it must have at least ", kHeader);
+    numbers_ = static_cast<const int64_t*>(layouts.const_data_ptr());
+    end_ = numbers_ + layouts.numel();
   }
 
   DType dtype() const { return static_cast<DType>(numbers_[0]); }
   bool steps_are_double() const { return numbers_[1] != 0; }
-
-  // The index of the first gradient that is not as planned, or -1.
-  int64_t first_mismatch(const std::vector<Tensor>& grads, Device device) const {
-    const int32_t dtype_code = torch_code_of(dtype());
-    const int64_t* p = numbers_ + kHeader;
-    for (int64_t i = 0; i < tensors_; ++i) {
-      STD_TORCH_CHECK(p < end_ && p + 1 + 2 * p[0] <= end_, "layouts ends before tensor ", i);
-      const int64_t ndim = p[0];
-      if (!matches(grads[i], device, dtype_code, ndim, p + 1, p + 1 + ndim)) return i;
-      p += 1 + 2 * ndim;
-    }
-    return -1;
-  }
+  const int64_t* layouts() const { return numbers_ + kHeader; }
+  const int64_t* end() const { return end_; }
 
  private:
   static constexpr int64_t kHeader = 2;
-
-  static const int64_t* data(const Tensor& layouts) {
-    STD_TORCH_CHECK(
-        layouts.is_cpu() && layouts.is_contiguous() && layouts.scalar_type() == ScalarType::Long,
-        "layouts must be a contiguous int64 CPU tensor");
-    return static_cast<const int64_t*>(layouts.const_data_ptr());
-  }
-
-  // Strides count only where there is more than one element along them.
-  static bool matches(const Tensor& grad, Device device, int32_t dtype_code, int64_t ndim,
-                      const int64_t* sizes, const int64_t* strides) {
-    int32_t code;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(grad.get(), &code));
-    if (code != dtype_code || grad.dim() != ndim || !(device_of(grad) == device)) return false;
-    const auto grad_sizes = grad.sizes();
-    const auto grad_strides = grad.strides();
-    bool any = true;
-    for (int64_t d = 0; d < ndim; ++d) {
-      if (grad_sizes[d] != sizes[d]) return false;
-      any = any && sizes[d] > 0;
-    }
-    for (int64_t d = 0; any && d < ndim; ++d) {
-      if (sizes[d] > 1 && grad_strides[d] != strides[d]) return false;
-    }
-    return true;
-  }
-
   const int64_t* numbers_;
   const int64_t* end_;
-  int64_t tensors_;
 };
 
 // The rows of a plan's table, checked.
-inline int64_t* planned_table(const Tensor& table, const std::vector<Tensor>& grads) {
+inline int64_t* planned_table(const Tensor& table) {
   STD_TORCH_CHECK(
       table.is_cpu() && table.is_contiguous() && table.scalar_type() == ScalarType::Long &&
           table.dim() == 2 && table.size(1) == kTableColumns,
       "table must be a contiguous int64 CPU tensor of ", int64_t{kTableColumns}, " columns");
-  STD_TORCH_CHECK(static_cast<int64_t>(grads.size()) == table.size(0), "grads has ", grads.size(),
-                  " tensors; it must have one for each of the ", table.size(0), " rows of table");
   return static_cast<int64_t*>(table.mutable_data_ptr());
-}
-
-// Puts a gradient's address in its row of the table; true where it differs from what stood there.
-inline bool put_grad(int64_t* row, const Tensor& grad) {
-  const int64_t address = address_of(grad);
-  const bool changed = row[kGrad] != address;
-  row[kGrad] = address;
-  return changed;
 }
 
 // ---- step counters ----

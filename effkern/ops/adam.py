@@ -2,7 +2,7 @@
 
 ``_adam_`` takes every tensor and raises the version counters of those it writes; torch.compile,
 opcheck and the reference backend use it. ``_adam_planned_`` takes a table of addresses that
-`effkern.optim.plan` keeps between steps, so that only the gradients cross the boundary; what it
+`effkern.optim.plan` keeps between steps and `effkern.ops.plan` puts the gradients in; what it
 writes is invisible to PyTorch, and its caller raises the version counters. ``_adam_scheduled_`` is
 ``_adam_`` with the learning rate in a one-element tensor, which a compiled graph can take as an
 input.
@@ -24,6 +24,7 @@ from effkern.ops._declare import (
     library,
 )
 from effkern.ops._versions import raise_versions
+from effkern.ops.plan import PLAN, untraceable
 
 _LISTS = (
     "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
@@ -39,12 +40,6 @@ def _adam_fake(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-def _planned_fake(*args: Any, **kwargs: Any) -> int:
-    raise RuntimeError(
-        "effkern::_adam_planned_ works on addresses and cannot be traced; trace effkern::_adam_"
-    )
-
-
 declare(
     "_adam_",
     f"({_LISTS}, *, float lr, {_OPTIONS}) -> ()",
@@ -54,9 +49,8 @@ declare(
 )
 declare(
     "_adam_planned_",
-    "(Tensor(a!) table, Tensor(b!) device_table, Tensor chunks, Tensor layouts, Tensor[] grads, *,"
-    f" float lr, {_OPTIONS}) -> int",
-    fake=_planned_fake,
+    f"{PLAN}, *, float lr, {_OPTIONS}) -> ()",
+    fake=untraceable,
     reference=None,
     triton=imported_at_first_call("effkern.backends.triton.adam:adam_planned_"),
 )

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effkern.ops.plan import put_gradients_
 from effkern.optim.layout import is_dense, laid_out_like
 from effkern.optim.plan import Plan
 
 
 class PlannedCall:
-    """A call by plan: only the gradients cross over at each step.
+    """A call by plan: only the addresses of gradients are new at each step.
 
     A parameter that is not dense in memory is copied into a dense one for the update and back
     after it, for as long as the call lives.
@@ -37,29 +38,51 @@ class PlannedCall:
         self._kernel = kernel
         self._dense = [p if is_dense(p) else torch.empty_like(p) for p in params]
         self._copied = [(d, p) for d, p in zip(self._dense, params, strict=True) if d is not p]
-        plan = Plan(self._dense, states, steps, on_cpu)
-        self._tables = (plan.table, plan.device_table, plan.chunks, plan.layouts)
+        self._places = [_place(p) for _, p in self._copied]
+        self._plan = Plan(self._dense, states, steps, on_cpu)
+        self._moved = False
 
-    def run(self, grads: list[Tensor], scalars: dict[str, Any]) -> bool:
-        """Update the parameters.
+    def accept(self, grads: list[Tensor]) -> list[Tensor] | None:
+        """Take the gradients of a step; nothing is updated yet.
 
         Args:
             grads: one per parameter, of its shape, dtype and device, with any strides.
-            scalars: the kernel's keyword arguments.
 
         Returns:
-            False if some gradient is not as the plan has it; then nothing was written.
+            What must be kept until `run` is done; None if the parameters, or these gradients, are
+            not as the plan has them.
+        """
+        if [_place(p) for _, p in self._copied] != self._places:
+            return None
+        if not self._put(grads):
+            dense = zip(grads, self._dense, strict=True)
+            grads = [laid_out_like(_materialized(grad), like) for grad, like in dense]
+            if not self._put(grads):
+                return None
+        return grads
+
+    def run(self, grads: list[Tensor], scalars: dict[str, Any]) -> None:
+        """Update the parameters.
+
+        Args:
+            grads: what `accept` gave.
+            scalars: the kernel's keyword arguments.
         """
         for dense, param in self._copied:
             dense.copy_(param)
-        done = self._kernel(*self._tables, grads, **scalars) < 0
-        if not done:
-            alike = [laid_out_like(g, d) for g, d in zip(grads, self._dense, strict=True)]
-            done = self._kernel(*self._tables, alike, **scalars) < 0
-        if done:
-            for dense, param in self._copied:
-                param.copy_(dense)
-        return done
+        plan = self._plan
+        self._kernel(
+            plan.table, plan.device_table, plan.chunks, plan.layouts, self._moved, **scalars
+        )
+        self._moved = False
+        for dense, param in self._copied:
+            param.copy_(dense)
+
+    def _put(self, grads: list[Tensor]) -> bool:
+        plan = self._plan
+        changed = put_gradients_(plan.table, plan.device_table, plan.layouts, self._dense, grads)
+        self._moved = self._moved or changed > 0
+        return changed >= 0
 
 
 class ListedCall:
@@ -81,8 +104,28 @@ class ListedCall:
     ) -> None:
         self._kernel = kernel
         self._params, self._states, self._steps = params, states, steps
+        self._places = list(map(_place, params))
 
-    def run(self, grads: list[Tensor], scalars: dict[str, Any]) -> bool:
-        """Update the parameters; always True. Arguments as those of `PlannedCall.run`."""
+    def accept(self, grads: list[Tensor]) -> list[Tensor] | None:
+        """As `PlannedCall.accept`."""
+        alike = list(map(_kind, grads)) == list(map(_kind, self._params))
+        return grads if alike and list(map(_place, self._params)) == self._places else None
+
+    def run(self, grads: list[Tensor], scalars: dict[str, Any]) -> None:
+        """As `PlannedCall.run`."""
         self._kernel(self._params, grads, *self._states, self._steps, **scalars)
-        return True
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.stride(), *_kind(tensor)
+
+
+def _materialized(tensor: Tensor) -> Tensor:
+    """The same values, all of them in memory."""
+    if tensor._is_zerotensor():
+        return tensor.clone()
+    return tensor.resolve_conj().resolve_neg()

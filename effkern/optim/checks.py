@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from effkern.optim.plan import DTYPE_CODES
+from effkern.backends.table import DTYPES
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -25,12 +25,12 @@ def check_param(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> N
     """Refuse a parameter that the kernels cannot update.
 
     Raises:
-        RuntimeError: if its dtype is none of `DTYPE_CODES`, its layout is not strided, its elements
+        RuntimeError: if its dtype is none of `DTYPES`, its layout is not strided, its elements
             share memory, it is a view whose memory holds it negated, or a subclass that wraps
             other tensors.
     """
     problem = ""
-    if param.dtype not in DTYPE_CODES:
+    if param.dtype not in DTYPES:
         problem = f"must be float32, float64, bfloat16 or float16, got {param.dtype}"
     elif param.layout != torch.strided:
         problem = f"must be a dense tensor, got layout {param.layout}"

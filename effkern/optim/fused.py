@@ -91,22 +91,22 @@ class FusedOptimizer(Optimizer):
                 f"{type(self).__name__} cannot step while a CUDA graph is captured: its step "
                 "counters are on the host"
             )
-        if self._prepared is not None and self._run(self._prepared):
-            return
-        self._prepared = None  # what it keeps of the old tensors goes before new ones are made
-        self._prepared = Prepared(self)
-        if not self._run(self._prepared):
-            raise RuntimeError(f"{type(self).__name__}: a tensor was moved while the step ran")
+        prepared = self._prepared
+        accepted = None if prepared is None else self._accept(prepared)
+        if prepared is None or accepted is None:
+            # What the old one keeps of tensors goes before new ones are made.
+            prepared = self._prepared = None
+            prepared = self._prepared = Prepared(self)
+            accepted = self._accept(prepared)
+            if accepted is None:
+                raise RuntimeError(f"{type(self).__name__}: a tensor was moved while the step ran")
+        prepared.run(self, accepted)
 
-    def _run(self, prepared: Prepared) -> bool:
-        """Update by ``prepared``; False, and nothing written, where it no longer holds."""
-        grads = prepared.current_grads(self)
-        if grads is None:
-            return False
+    def _accept(self, prepared: Prepared) -> list[list[Tensor]] | None:
         try:
-            return prepared.run(self, grads)
+            return prepared.accept(self)
         except RuntimeError:
-            self._check_grads()  # names the gradient, if that is what the kernel refused
+            self._check_grads()  # names the gradient, if that is what was refused
             raise
 
     def _check_grads(self) -> None:

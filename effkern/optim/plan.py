@@ -10,15 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from effkern.backends.table import CHUNK, COLUMNS, DTYPES, NUMEL, PARAM, STATE0, STEP
 from effkern.optim.layout import addresses, int64
-
-#: Storage dtypes of the kernels, and their codes in ``csrc/common/dtype.h``.
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
-#: Elements in one block of GPU work.
-CHUNK = 8192
-
-_NUMEL, _PARAM, _STATES, _STEP, _COLUMNS = 0, 1, 3, 6, 8
 
 
 class Plan:
@@ -49,14 +42,14 @@ class Plan:
         on_cpu: bool,
     ) -> None:
         # The device is named throughout, for torch.set_default_device.
-        self.table = torch.zeros((len(params), _COLUMNS), dtype=torch.int64, device="cpu")
-        self.table[:, _NUMEL] = int64([p.numel() for p in params])
-        self.table[:, _PARAM] = addresses(params)
+        self.table = torch.zeros((len(params), COLUMNS), dtype=torch.int64, device="cpu")
+        self.table[:, NUMEL] = int64([p.numel() for p in params])
+        self.table[:, PARAM] = addresses(params)
         for i, state in enumerate(states):
-            self.table[:, _STATES + i] = addresses(state)
-        self.table[:, _STEP] = addresses(steps)
+            self.table[:, STATE0 + i] = addresses(state)
+        self.table[:, STEP] = addresses(steps)
 
-        layouts = [DTYPE_CODES[params[0].dtype], int(steps[0].dtype == torch.float64)]
+        layouts = [DTYPES.index(params[0].dtype), int(steps[0].dtype == torch.float64)]
         for p in params:
             layouts += [p.dim(), *p.shape, *p.stride()]
         self.layouts = int64(layouts)
@@ -67,7 +60,7 @@ class Plan:
         else:
             device = params[0].device
             self.device_table = self.table.to(device, copy=True)
-            self.chunks = _chunks(self.table[:, _NUMEL]).to(device)
+            self.chunks = _chunks(self.table[:, NUMEL]).to(device)
 
 
 def _chunks(numels: Tensor) -> Tensor:

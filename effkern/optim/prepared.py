@@ -22,14 +22,12 @@ if TYPE_CHECKING:
     from effkern.optim.fused import FusedOptimizer
 
 _grad = attrgetter("grad")
-_data_ptr, _is_contiguous = Tensor.data_ptr, Tensor.is_contiguous
-_kinds = tuple(map(attrgetter, ("shape", "dtype", "device", "layout")))
 
 
 class Prepared:
     """The kernel calls of a step, as long as nobody moves or replaces a tensor.
 
-    Made once, checked at every step, and made anew when a check of `current_grads` fails:
+    Made once, checked at every step, and made anew when a check of `accept` fails:
 
     ==============================================  ============================================
     what may have happened since                    what notices
@@ -41,14 +39,12 @@ class Prepared:
     none any more                                   the types of these are what they were
     state loaded, cleared, replaced, an entry       the values of ``optimizer.state`` and the
     of a parameter's state replaced                 entries in them, by identity
-    ``.data =``, ``.to()``, ``share_memory_()``,    addresses: of states and steps by a `Watch`, of
-    a storage resized                               parameters from Python, since a `Watch` holds
-                                                    its tensors and ``Module.to`` may swap only
-                                                    what nobody holds
-    ``.data =`` another view of the same memory     a parameter's contiguity, its strides where it
-                                                    has none; its gradient's shape, by the kernel
-    a gradient of another dtype, device, layout     the kernel, before it writes; in Python where
-    or shape                                        a step takes several calls, or the reference's
+    ``.data =``, ``.to()``, ``share_memory_()``,    of states and steps: a `Watch`, which holds
+    a storage resized                               them; of parameters, which ``Module.to`` may
+                                                    swap only if nobody holds them: the call's
+                                                    ``accept``
+    a gradient of another dtype, device, layout     the call's ``accept``
+    or shape
     ==============================================  ============================================
 
     Gradients are new at each step, so their addresses and strides are not part of this.
@@ -102,19 +98,24 @@ class Prepared:
             self._calls += _calls(optimizer, group, names, params, states, backends, first)
 
         self._grad_types = {type(param.grad) for param in self._params}
-        alone = len(self._calls) == 1 and isinstance(self._calls[0].kernel, PlannedCall)
-        self._must_be = None if alone else [list(map(kind, self._params)) for kind in _kinds]
         self._states = list(optimizer.state.values())
         self._entries = entries
-        self._strided = [param for param in self._params if not param.is_contiguous()]
-        self._looks = _look(self._params, self._strided)
         self._watch = Watch(entries)
         written = [*self._params, *entries]
-        # Tensors made in inference mode have no version counters.
-        self._versioned = [t for t in written if not t.is_inference()]
+        # Tensors made in inference mode have no version counters,
+        # and a view shares its base's.
+        versioned = {id(t): t for t in map(_counted_by, written) if not t.is_inference()}
+        self._versioned = list(versioned.values())
 
-    def current_grads(self, optimizer: FusedOptimizer) -> list[Tensor] | None:
-        """The gradients for this step; None where what was prepared no longer holds."""
+    def accept(self, optimizer: FusedOptimizer) -> list[list[Tensor]] | None:
+        """Take the gradients of a step; nothing is updated yet.
+
+        Args:
+            optimizer: the one this was made for.
+
+        Returns:
+            What must be given to `run`; None where what was prepared no longer holds.
+        """
         groups = optimizer.param_groups
         if (
             not _same(groups, self._groups)
@@ -130,12 +131,17 @@ class Prepared:
             or not self._stands(optimizer)
         ):
             return None
-        if self._must_be and [list(map(kind, grads)) for kind in _kinds] != self._must_be:
-            return None
-        return grads
+        accepted = []
+        for call in self._calls:
+            part = grads if len(call.which) == len(grads) else [grads[i] for i in call.which]
+            taken = call.kernel.accept(part)
+            if taken is None:
+                return None
+            accepted.append(taken)
+        return accepted
 
     def _stands(self, optimizer: FusedOptimizer) -> bool:
-        """Whether every tensor that a step writes is still there, where it was."""
+        """Whether every state is still there, where it was."""
         state = optimizer.state
         if not _same(state.values(), self._states):
             return False
@@ -145,32 +151,23 @@ class Prepared:
                 return False
         except KeyError:
             return False
-        return _look(self._params, self._strided) == self._looks and not self._watch.moved()
+        return not self._watch.moved()
 
-    def run(self, optimizer: FusedOptimizer, grads: list[Tensor]) -> bool:
+    def run(self, optimizer: FusedOptimizer, accepted: list[list[Tensor]]) -> None:
         """Update every parameter.
 
         Args:
             optimizer: the one this was made for.
-            grads: what `current_grads` gave.
-
-        Returns:
-            False if what was prepared no longer holds after all; then nothing was written.
+            accepted: what `accept` gave.
         """
         scalars = [
             {"lr": float(call.group["lr"]), **optimizer._scalars(call.group)}
             for call in self._calls
         ]
-        # Before the kernels, which drive PyTorch's records of the tensors out of the caches. So the
-        # counters rise also where a kernel then refuses a gradient.
+        # Before the kernels, which drive PyTorch's records of the tensors out of the caches.
         torch.autograd.graph.increment_version(self._versioned)
-        for call, arguments in zip(self._calls, scalars, strict=True):
-            part = grads if len(call.which) == len(grads) else [grads[i] for i in call.which]
-            if not call.kernel.run(part, arguments):
-                if call is self._calls[0]:
-                    return False
-                raise RuntimeError("a gradient changed while the step was running")
-        return True
+        for call, grads, arguments in zip(self._calls, accepted, scalars, strict=True):
+            call.kernel.run(grads, arguments)
 
 
 @dataclass
@@ -220,16 +217,9 @@ def _calls(
     return calls
 
 
-def _look(params: list[Tensor], strided: list[Tensor]) -> list[list[Any]]:
-    """Where parameters stand and how they lie, in cheap calls.
-
-    ``strided``: those that are not contiguous, whose strides must be asked for.
-    """
-    return [
-        list(map(_data_ptr, params)),
-        list(map(_is_contiguous, params)),
-        [param.stride() for param in strided],
-    ]
+def _counted_by(tensor: Tensor) -> Tensor:
+    """The tensor whose version counter is this one's."""
+    return tensor if tensor._base is None else tensor._base
 
 
 def _same(now: Collection[Any], then: Collection[Any]) -> bool:

@@ -23,8 +23,10 @@ def create(
 ) -> None:
     """Make the state of parameters that have none: zeros, in the parameter's order of memory.
 
-    All tensors are made before any gets its memory: so PyTorch's records of them lie close
-    together, and the checks of each step, which read little else, wait for far less memory.
+    A step over thousands of small parameters spends most of its time on PyTorch's records of
+    tensors. So step counters, and the states of small parameters, are views of shared buffers,
+    which have one storage and one version counter; and all tensors are made before the large ones
+    get their memory, so that their records lie close together.
 
     Args:
         states: empty dictionaries, filled in place; left empty where memory runs out.
@@ -34,21 +36,59 @@ def create(
     try:
         # State made in inference mode could not be written outside.
         with torch.inference_mode(False), torch.no_grad():
-            for state, param in zip(states, params, strict=True):
-                state["step"] = step_counter(0.0)
+            likes = [dense_like(param) for param in params]
+            places, sizes = _places(params)
+            steps = torch.zeros(len(params), dtype=_get_scalar_dtype(), device="cpu")
+            buffers = {
+                (kind, name): torch.zeros(size, dtype=kind[0], device=kind[1])
+                for kind, size in sizes.items()
+                for name in names
+            }
+            large = []
+            for i, (state, param, like, place) in enumerate(
+                zip(states, params, likes, places, strict=True)
+            ):
+                state["step"] = steps.as_strided((), (), i)
                 for name in names:
-                    state[name] = torch.empty(0, dtype=param.dtype, device=param.device)
-            for name in names:
-                for state, param in zip(states, params, strict=True):
-                    value = state[name].resize_(param.shape)
-                    like = dense_like(param)
-                    if value.stride() != like.stride():
-                        value.as_strided_(like.shape, like.stride())
-                    value.zero_()
+                    if place is None:
+                        state[name] = torch.empty(0, dtype=param.dtype, device=param.device)
+                        large.append((state[name], like))
+                    else:
+                        buffer = buffers[(param.dtype, param.device), name]
+                        state[name] = buffer.as_strided(like.shape, like.stride(), place)
+            for value, like in large:
+                value.resize_(like.shape)
+                if value.stride() != like.stride():
+                    value.as_strided_(like.shape, like.stride())
+                value.zero_()
     except BaseException:
         for state in states:
             state.clear()
         raise
+
+
+_SMALL_BYTES = 65536
+_ALIGNED = 64  # elements; whole cache lines
+
+
+def _places(params: Sequence[Tensor]) -> tuple[list[int | None], dict[Any, int]]:
+    """Where in a shared buffer of its dtype and device the state of each parameter begins.
+
+    Returns:
+        An offset in elements for each parameter, None for a large one, and the size of the buffer
+        for each dtype and device.
+    """
+    sizes: dict[Any, int] = {}
+    places: list[int | None] = []
+    for param in params:
+        if param.nbytes > _SMALL_BYTES:
+            places.append(None)
+            continue
+        kind = (param.dtype, param.device)
+        begin = sizes.get(kind, 0)
+        places.append(begin)
+        sizes[kind] = begin + (param.numel() + _ALIGNED - 1) // _ALIGNED * _ALIGNED
+    return places, sizes
 
 
 def complete(state: dict[str, Any], param: Tensor, names: Sequence[str]) -> None:

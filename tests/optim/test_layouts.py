@@ -37,6 +37,7 @@ GRADS: dict[str, Callable[[Tensor], Tensor]] = {
     "negated in memory": lambda p: (
         torch.randn(p.shape, dtype=torch.complex64, device=p.device).conj().imag
     ),
+    "zeros without memory": lambda p: torch._efficientzerotensor(p.shape, device=p.device),
     "at an odd offset": lambda p: torch.randn(p.numel() + 1, device=p.device)[1:].view(p.shape),
 }
 

@@ -207,7 +207,7 @@ def test_no_state_before_the_first_gradient() -> None:
 
 
 def test_no_half_made_state_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = make_params()
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (20000, 3, 30000, 40000)]
     optimizer = effkern.FusedAdamW(params)
     for p in params:
         p.grad = torch.ones_like(p)
@@ -226,3 +226,33 @@ def test_no_half_made_state_where_memory_runs_out(monkeypatch: pytest.MonkeyPatc
     assert not any(optimizer.state.values())
     optimizer.step()
     assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in params)
+
+
+def test_states_of_small_parameters_share_a_buffer_and_copies_do_without() -> None:
+    """Version counters rise where a buffer's views share one, and where they no longer do."""
+    params = make_params()
+    optimizer = effkern.FusedAdamW(params)
+    train(optimizer, 1)
+    for name in ("step", "exp_avg", "exp_avg_sq"):
+        assert len({optimizer.state[p][name].untyped_storage().data_ptr() for p in params}) == 1
+    begins = [optimizer.state[p]["exp_avg"].data_ptr() for p in params]
+    assert not any((begin - begins[0]) % 64 for begin in begins)
+    loaded = effkern.FusedAdamW(make_params())
+    loaded.load_state_dict(checkpoint(optimizer))
+    for one in (optimizer, copy.deepcopy(optimizer), loaded):
+        states = [t for state in one.state.values() for t in state.values()]
+        before = [t._version for t in states]
+        train(one, 1)
+        assert all(t._version > v for t, v in zip(states, before, strict=True))
+
+
+def test_a_checkpoint_is_no_larger_than_torchs() -> None:
+    sizes = []
+    for kind in (effkern.FusedAdamW, torch.optim.AdamW):
+        params = [torch.nn.Parameter(torch.randn(n)) for n in (1000, 40000, 64)]
+        optimizer = kind(params)
+        train(optimizer, 1)
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        sizes.append(len(file.getvalue()))
+    assert sizes[0] <= sizes[1]

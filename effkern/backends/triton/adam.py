@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from effkern.backends.table import DTYPES
 from effkern.backends.triton import multi_tensor
 from effkern.backends.triton.checks import check_lists
 from effkern.backends.triton.launch import COMPILER_OPTIONS, device_guard
@@ -144,7 +145,7 @@ def adam_planned_(
     device_table: torch.Tensor,
     chunks: torch.Tensor,
     layouts: torch.Tensor,
-    grads: Sequence[torch.Tensor],
+    moved: bool,
     *,
     lr: float,
     beta1: float,
@@ -154,29 +155,17 @@ def adam_planned_(
     decoupled: bool,
     amsgrad: bool,
     maximize: bool,
-) -> int:
-    """``effkern::_adam_planned_``: the same with everything but the gradients' addresses in place.
-
-    Returns:
-        -1, or the index of the first gradient that is not as planned; then nothing was written.
-    """
-    if len(grads) != table.shape[0]:
-        raise RuntimeError(
-            f"grads has {len(grads)} tensors; it must have one for each of the {table.shape[0]} "
-            "rows of table"
-        )
+) -> None:
+    """``effkern::_adam_planned_``: the same with all addresses in place."""
     with device_guard(device_table, "_adam_planned_"):
-        layout = layouts.tolist()
-        unplanned = multi_tensor.first_unplanned(grads, layout, device_table.device)
-        if unplanned >= 0:
-            return unplanned
-        multi_tensor.write_gradients(grads, table, device_table)
-        steps = multi_tensor.count_steps(table, float64=bool(layout[1]))
+        if moved and device_table.data_ptr() != table.data_ptr():
+            multi_tensor.upload(table, device_table)
+        dtype, float64_steps = layouts[:2].tolist()
         _launch(
             device_table,
             chunks,
-            multi_tensor.DTYPES[layout[0]],
-            steps,
+            DTYPES[dtype],
+            multi_tensor.count_steps(table, float64=bool(float64_steps)),
             lr,
             beta1,
             beta2,
@@ -186,7 +175,6 @@ def adam_planned_(
             amsgrad,
             maximize,
         )
-    return -1
 
 
 def _launch(

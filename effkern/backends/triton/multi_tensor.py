@@ -17,11 +17,18 @@ import torch
 import triton
 import triton.language as tl
 
-from effkern.backends.triton.checks import same_strides
+from effkern.backends.table import (
+    CHUNK,
+    COLUMNS,
+    GRAD,
+    NUMEL,
+    PARAM,
+    STATE0,
+    STATE1,
+    STATE2,
+    STEP,
+)
 from effkern.backends.triton.numerics import to_accumulator, to_storage
-
-NUMEL, PARAM, GRAD, STATE0, STATE1, STATE2, STEP, STEPS, TABLE_COLUMNS = range(9)
-CHUNK = 8192
 
 _NUMEL = tl.constexpr(NUMEL)
 _PARAM = tl.constexpr(PARAM)
@@ -29,13 +36,10 @@ _GRAD = tl.constexpr(GRAD)
 _STATE0 = tl.constexpr(STATE0)
 _STATE1 = tl.constexpr(STATE1)
 _STATE2 = tl.constexpr(STATE2)
-_COLUMNS = tl.constexpr(TABLE_COLUMNS)
+_COLUMNS = tl.constexpr(COLUMNS)
 _CHUNK = tl.constexpr(CHUNK)
 
 WARPS = 4
-
-#: The order in which the codes of csrc/common/dtype.h count.
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -156,7 +160,7 @@ def build_table(
     """
     columns = [[param.numel() for param in params]]
     columns += [[tensor.data_ptr() for tensor in each] for each in (params, *grads_and_states)]
-    table = torch.zeros(len(params), TABLE_COLUMNS, dtype=torch.int64)
+    table = torch.zeros(len(params), COLUMNS, dtype=torch.int64)
     table[:, : len(columns)] = torch.tensor(columns).T
     return table
 
@@ -171,47 +175,12 @@ def build_chunks(numels: Sequence[int]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int32).reshape(-1, 2)
 
 
-def first_unplanned(
-    grads: Sequence[torch.Tensor], layouts: Sequence[int], device: torch.device
-) -> int:
-    """The index of the first gradient that is not as the plan says, or -1.
-
-    ``layouts``: dtype code, dtype of the steps, then for each tensor its number of dimensions, its
-    sizes and its strides.
-    """
-    dtype, place = DTYPES[layouts[0]], 2
-    for index, grad in enumerate(grads):
-        dims = layouts[place]
-        planned = layouts[place + 1 : place + 1 + 2 * dims]
-        place += 1 + 2 * dims
-        if grad.dtype != dtype or grad.device != device:
-            return index
-        if [*grad.shape, *grad.stride()] == planned:
-            continue
-        shape, strides = planned[:dims], planned[dims:]
-        if list(grad.shape) != shape or not same_strides(shape, grad.stride(), strides):
-            return index
-    return -1
-
-
 def upload(source: torch.Tensor, target: torch.Tensor) -> None:
     """Copies CPU memory to the device, on the current stream and without waiting for it."""
     if target.is_cuda:
         # A page-locked copy: the caller may write to ``source`` before the device has read it.
         source = source.clone().pin_memory()
     target.copy_(source, non_blocking=True)
-
-
-def write_gradients(
-    grads: Sequence[torch.Tensor], table: torch.Tensor, device_table: torch.Tensor
-) -> None:
-    """Puts the gradients' addresses into the table, and the table on the device if one changed."""
-    addresses = torch.tensor([grad.data_ptr() for grad in grads], dtype=torch.int64)
-    if torch.equal(table[:, GRAD], addresses):
-        return
-    table[:, GRAD] = addresses
-    if device_table.data_ptr() != table.data_ptr():
-        upload(table, device_table)
 
 
 def count_steps(table: torch.Tensor, float64: bool) -> list[float]:

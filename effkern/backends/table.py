@@ -1,0 +1,16 @@
+"""The table of a multi-tensor step, as csrc/common/multi_tensor.h lays it out.
+
+One row of int64 for each tensor; one row of int32 for each block of GPU work.
+"""
+
+from __future__ import annotations
+
+import torch
+
+NUMEL, PARAM, GRAD, STATE0, STATE1, STATE2, STEP, STEPS, COLUMNS = range(9)
+
+#: Elements in one block of GPU work.
+CHUNK = 8192
+
+#: Storage dtypes of the kernels, in the order of their codes in csrc/common/dtype.h.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
