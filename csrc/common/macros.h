@@ -11,3 +11,6 @@
 // function that the linker could share between those copies would bring AVX-512 to a machine
 // without it.
 #define EFFKERN_INLINE EFFKERN_HOST_DEVICE static inline __attribute__((always_inline))
+
+// The same for member functions that are not static.
+#define EFFKERN_MEMBER EFFKERN_HOST_DEVICE inline __attribute__((always_inline))

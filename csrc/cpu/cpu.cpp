@@ -52,14 +52,6 @@ void rms_norm_backward(const RmsNormBackward& args, void* partial, ParallelFor p
              });
 }
 
-void adam(const AdamTask& task, ParallelFor parallel_for) {
-  int64_t elements = 0;
-  for (int64_t i = 0; i < task.tensors; ++i) elements += task.table[i * kTableColumns + kNumel];
-  const Kernels& kernels = chosen_kernels();
-  in_threads(parallel_for, elements, kGrainElements,
-             [&](int64_t begin, int64_t end) { kernels.adam(task, begin, end); });
-}
-
 void bandwidth(const BandwidthTask& task, int64_t elements, ParallelFor parallel_for) {
   const Kernels& kernels = chosen_kernels();
   // Counted in stretches of 64 elements, so that every thread's begins on a cache line.

@@ -44,7 +44,12 @@ RowChunks rms_norm_chunks(int64_t rows);
 // wanted, else null.
 void rms_norm_backward(const RmsNormBackward& args, void* partial, ParallelFor parallel_for);
 
-void adam(const AdamTask& task, ParallelFor parallel_for);
+// One step of a rule over all tensors of a table; their step counters have been increased.
+#define EFFKERN_DECLARE(Rule, name) \
+  void step(const StepTask& task, const Rule& rule, ParallelFor parallel_for);
+EFFKERN_ONE_PASS_RULES(EFFKERN_DECLARE)
+#undef EFFKERN_DECLARE
+void step(const StepTask& task, const Lamb& rule, ParallelFor parallel_for);
 
 void bandwidth(const BandwidthTask& task, int64_t elements, ParallelFor parallel_for);
 

@@ -1,20 +1,22 @@
 // The kernels of one instruction set, and the choice among the sets this library was built with.
 #pragma once
 
-#include "common/adam.h"
 #include "common/dtype.h"
 #include "common/multi_tensor.h"
 #include "common/rms_norm.h"
+#include "math/rules.h"
 
 namespace effkern::cpu {
 
-// How many tensors to update, and how. `table` is laid out as common/multi_tensor.h says.
-struct AdamTask {
+// One step of some rule over tensors of one dtype. `table` is laid out as common/multi_tensor.h
+// says.
+struct StepTask {
   DType dtype;
   bool steps_are_double;
   const int64_t* table;
   int64_t tensors;
-  AdamOptions options;
+  double lr;
+  double factor;  // gradients are multiplied by it
 };
 
 // A pass over memory with `reads` input and `writes` output arrays and next to no arithmetic: the
@@ -36,8 +38,15 @@ struct Kernels {
   // Sums `chunks` rows of `partial` into grad_weight for the features [begin, end).
   void (*rms_norm_weight)(const RmsNormBackward&, int64_t chunks, const void* partial,
                           int64_t begin, int64_t end);
-  // Elements are counted through all tensors, in the table's order.
-  void (*adam)(const AdamTask&, int64_t begin, int64_t end);
+  // One step of a rule. Elements are counted through all tensors, in the table's order.
+#define EFFKERN_MEMBER_OF(Rule, name) \
+  void (*name)(const StepTask&, const Rule&, int64_t begin, int64_t end);
+  EFFKERN_ONE_PASS_RULES(EFFKERN_MEMBER_OF)
+#undef EFFKERN_MEMBER_OF
+  // Chunks of kChunk elements are counted so; `squares` takes two sums for each.
+  void (*lamb_advance)(const StepTask&, const Lamb&, double* squares, int64_t begin, int64_t end);
+  void (*lamb_apply)(const StepTask&, const Lamb&, const double* ratios, int64_t begin,
+                     int64_t end);
   void (*bandwidth)(const BandwidthTask&, int64_t begin, int64_t end);
 };
 

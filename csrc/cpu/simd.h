@@ -265,6 +265,13 @@ EFFKERN_INLINE Doubles square_root(Doubles x) {
 EFFKERN_INLINE Floats larger(Floats a, Floats b) { return ((b > a) | (b != b)) ? b : a; }
 EFFKERN_INLINE Doubles larger(Doubles a, Doubles b) { return ((b > a) | (b != b)) ? b : a; }
 
+EFFKERN_INLINE Floats sign_of(Floats x) {
+  return x > 0 ? Floats{} + 1 : (x < 0 ? Floats{} - 1 : Floats{});
+}
+EFFKERN_INLINE Doubles sign_of(Doubles x) {
+  return x > 0 ? Doubles{} + 1 : (x < 0 ? Doubles{} - 1 : Doubles{});
+}
+
 // The sum of the lanes, in an order that depends on their number alone.
 template <class V>
 EFFKERN_INLINE auto sum_lanes(V v) {

@@ -14,4 +14,8 @@ EFFKERN_INLINE double square_root(double x) { return ::sqrt(x); }
 EFFKERN_INLINE float larger(float a, float b) { return (b > a || b != b) ? b : a; }
 EFFKERN_INLINE double larger(double a, double b) { return (b > a || b != b) ? b : a; }
 
+// -1, 0 or 1; 0 for NaN, as torch.sign.
+EFFKERN_INLINE float sign_of(float x) { return static_cast<float>((x > 0) - (x < 0)); }
+EFFKERN_INLINE double sign_of(double x) { return static_cast<double>((x > 0) - (x < 0)); }
+
 }  // namespace effkern

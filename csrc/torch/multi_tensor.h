@@ -1,12 +1,14 @@
-// The host's part of a multi-tensor optimizer step: the table of common/multi_tensor.h from lists
-// of tensors, the check of gradients against a plan, the step counters. Device-neutral.
+// The host's part of a multi-tensor step, for any update rule and device: arguments, plans, and
+// tables made from lists of tensors. The ops are declared in effkern/ops/step.py.
 #pragma once
 
+#include <array>
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "common/adam.h"
 #include "common/multi_tensor.h"
+#include "math/rules.h"
 #include "torch/arguments.h"
 
 namespace effkern {
@@ -15,10 +17,83 @@ inline int64_t address_of(const Tensor& tensor) {
   return reinterpret_cast<int64_t>(tensor.data_ptr());
 }
 
+// ---- arguments ----
+
+// Where step counters are and what they are made of; the second number of a plan's `layouts`.
+struct Steps {
+  bool are_double = false, on_device = false;
+  static Steps of_code(int64_t code) { return {(code & 1) != 0, (code & 2) != 0}; }
+};
+
+// The keyword arguments that every rule's ops begin with.
+struct StepKeywords {
+  double lr;
+  std::optional<Tensor> lr_tensor;              // instead of lr
+  std::optional<Tensor> grad_scale, found_inf;  // of torch.amp.GradScaler
+};
+
+// A boxed call's arguments, in their order. Each is taken over.
+class Arguments {
+ public:
+  explicit Arguments(StableIValue* stack) : next_(stack) {}
+
+  template <class T>
+  T next() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+
+  StepKeywords keywords() {
+    StepKeywords all;
+    all.lr = next<double>();
+    all.lr_tensor = next<std::optional<Tensor>>();
+    all.grad_scale = next<std::optional<Tensor>>();
+    all.found_inf = next<std::optional<Tensor>>();
+    for (const auto& [tensor, name] : {std::pair{&all.lr_tensor, "lr_tensor"},
+                                       {&all.grad_scale, "grad_scale"},
+                                       {&all.found_inf, "found_inf"}}) {
+      if (!*tensor) continue;
+      const ScalarType type = (*tensor)->scalar_type();
+      STD_TORCH_CHECK(
+          (*tensor)->numel() == 1 && (type == ScalarType::Float || type == ScalarType::Double),
+          name, " must be one float32 or float64 number");
+    }
+    return all;
+  }
+
+  template <class Rule>
+  Rule rule() {
+    Rule rule{};
+    rule.each_field([&](auto& field) { field = next<std::decay_t<decltype(field)>>(); });
+    return rule;
+  }
+
+ private:
+  StableIValue* next_;
+};
+
+// The number in a tensor that `Arguments::keywords` has passed, on the CPU.
+inline double number_in(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double
+             ? *static_cast<const double*>(tensor.const_data_ptr())
+             : *static_cast<const float*>(tensor.const_data_ptr());
+}
+
 // ---- the plan: made once, used at each step ----
 
-// The tensor `layouts` of a plan: [dtype code, 1 if steps are float64 else 0, then for each tensor
-// its ndim, sizes and strides].
+struct PlanArguments {
+  Tensor table, device_table, chunks, layouts;
+  bool moved;
+
+  explicit PlanArguments(Arguments& from)
+      : table(from.next<Tensor>()),
+        device_table(from.next<Tensor>()),
+        chunks(from.next<Tensor>()),
+        layouts(from.next<Tensor>()),
+        moved(from.next<bool>()) {}
+};
+
+// The tensor `layouts` of a plan: [dtype code, code of `Steps`, then for each tensor its ndim,
+// sizes and strides].
 class PlanHeader {
  public:
   explicit PlanHeader(const Tensor& layouts) {
@@ -32,7 +107,7 @@ class PlanHeader {
   }
 
   DType dtype() const { return static_cast<DType>(numbers_[0]); }
-  bool steps_are_double() const { return numbers_[1] != 0; }
+  Steps steps() const { return Steps::of_code(numbers_[1]); }
   const int64_t* layouts() const { return numbers_ + kHeader; }
   const int64_t* end() const { return end_; }
 
@@ -51,18 +126,23 @@ inline int64_t* planned_table(const Tensor& table) {
   return static_cast<int64_t*>(table.mutable_data_ptr());
 }
 
-// ---- step counters ----
+// ---- step counters on the CPU ----
 
-// t, the number of steps taken, of the tensor of one row.
-inline double step_of(const int64_t* row, bool is_double) {
-  return is_double ? *reinterpret_cast<const double*>(row[kStep])
-                   : *reinterpret_cast<const float*>(row[kStep]);
+// t, the number of steps taken, of the tensor of one row; 0 where steps are not counted.
+inline double step_of(const int64_t* row, Steps steps) {
+  if (!row[kStep]) return 0;
+  return steps.are_double ? *reinterpret_cast<const double*>(row[kStep])
+                          : *reinterpret_cast<const float*>(row[kStep]);
 }
 
-// Adds one to it and returns the new value.
-inline double increase_step(const int64_t* row, bool is_double) {
-  if (is_double) return *reinterpret_cast<double*>(row[kStep]) += 1.0;
-  return *reinterpret_cast<float*>(row[kStep]) += 1.0f;
+// Adds one to it.
+inline void increase_step(const int64_t* row, Steps steps) {
+  if (!row[kStep]) return;
+  if (steps.are_double) {
+    *reinterpret_cast<double*>(row[kStep]) += 1.0;
+  } else {
+    *reinterpret_cast<float*>(row[kStep]) += 1.0f;
+  }
 }
 
 // ---- a table for one call, from lists ----
@@ -83,22 +163,25 @@ inline bool is_dense(const Tensor& tensor) {
   return filled == tensor.numel();
 }
 
-struct AdamLists {
-  const std::vector<Tensor>&params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &steps;
-};
-
-// A table that serves one call; `_adam_planned_` keeps one for many.
-struct AdamTable {
+// A table that serves one call; a plan's serves many.
+struct StepTable {
   std::vector<int64_t> rows;
   DType dtype = DType::kFloat32;
   Device device{};
-  bool steps_are_double = false;
+  Steps steps;
   int64_t tensors() const { return static_cast<int64_t>(rows.size()) / kTableColumns; }
 };
 
+struct StepLists {
+  std::vector<Tensor> params, grads;
+  std::array<std::vector<Tensor>, kMostStates> states;
+  std::vector<Tensor> steps;  // empty where they are not counted
+};
+
 // Checks every tensor before anything is written.
-inline AdamTable adam_table(const AdamLists& lists, bool amsgrad) {
-  AdamTable table;
+template <class Rule>
+StepTable step_table(const StepLists& lists, const Rule& rule) {
+  StepTable table;
   const size_t count = lists.params.size();
   if (count == 0) return table;
   const Tensor& first = lists.params[0];
@@ -106,9 +189,12 @@ inline AdamTable adam_table(const AdamLists& lists, bool amsgrad) {
   table.device = device_of(first);
   table.rows.assign(count * kTableColumns, 0);
 
-  const auto fill = [&](const std::vector<Tensor>& tensors, const char* list, TableColumn column) {
+  const auto check_count = [&](const std::vector<Tensor>& tensors, const char* list) {
     STD_TORCH_CHECK(tensors.size() == count, list, " has ", tensors.size(),
                     " tensors; it must have as many as params, ", count);
+  };
+  const auto fill = [&](const std::vector<Tensor>& tensors, const char* list, int64_t column) {
+    check_count(tensors, list);
     for (size_t i = 0; i < count; ++i) {
       const Tensor& param = lists.params[i];
       const std::string name = std::string(list) + "[" + std::to_string(i) + "]";
@@ -133,21 +219,69 @@ inline AdamTable adam_table(const AdamLists& lists, bool amsgrad) {
   }
   fill(lists.params, "params", kParam);
   fill(lists.grads, "grads", kGrad);
-  fill(lists.exp_avgs, "exp_avgs", kState0);
-  fill(lists.exp_avg_sqs, "exp_avg_sqs", kState1);
-  if (amsgrad) fill(lists.max_exp_avg_sqs, "max_exp_avg_sqs", kState2);
+  for (int s = 0; s < static_cast<int>(std::size(Rule::kStates)); ++s) {
+    if (Rule::has_state(rule.variant(), s)) {
+      fill(lists.states[s], Rule::kStates[s], kState0 + s);
+    }
+  }
+  if (lists.steps.empty() && !Rule::kCountsSteps) return table;
 
-  STD_TORCH_CHECK(lists.steps.size() == count, "steps has ", lists.steps.size(),
-                  " tensors; it must have as many as params, ", count);
-  table.steps_are_double = lists.steps[0].scalar_type() == ScalarType::Double;
-  const ScalarType step_type = table.steps_are_double ? ScalarType::Double : ScalarType::Float;
+  check_count(lists.steps, "steps");
+  table.steps.are_double = lists.steps[0].scalar_type() == ScalarType::Double;
+  table.steps.on_device = !lists.steps[0].is_cpu();
+  const ScalarType step_type = table.steps.are_double ? ScalarType::Double : ScalarType::Float;
+  const Device step_device = device_of(lists.steps[0]);
   for (size_t i = 0; i < count; ++i) {
     const Tensor& step = lists.steps[i];
-    STD_TORCH_CHECK(step.is_cpu() && step.numel() == 1 && step.scalar_type() == step_type, "steps[",
-                    i, "] must be one number on the CPU, float32, or float64 as all steps are");
+    STD_TORCH_CHECK(step.numel() == 1 && step.scalar_type() == step_type &&
+                        device_of(step) == step_device &&
+                        (step.is_cpu() || step_device == table.device),
+                    "steps[", i,
+                    "] must be one number, float32, or float64 as all steps are, on the CPU or "
+                    "all on the parameters' device");
     table.rows[i * kTableColumns + kStep] = address_of(step);
   }
   return table;
+}
+
+// ---- the ops ----
+
+// `Backend` has run_lists(StepLists, StepKeywords, Rule) and run_plan(PlanArguments, StepKeywords,
+// Rule), which make up a rule's op on lists and its op on plans.
+template <class Backend, class Rule>
+void boxed_lists(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  StepLists lists;
+  lists.params = arguments.next<std::vector<Tensor>>();
+  lists.grads = arguments.next<std::vector<Tensor>>();
+  for (size_t s = 0; s < std::size(Rule::kStates); ++s) {
+    lists.states[s] = arguments.next<std::vector<Tensor>>();
+  }
+  lists.steps = arguments.next<std::vector<Tensor>>();
+  const StepKeywords keywords = arguments.keywords();
+  Backend::run_lists(lists, keywords, arguments.rule<Rule>());
+}
+
+template <class Backend, class Rule>
+void boxed_plan(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const PlanArguments plan(arguments);
+  const StepKeywords keywords = arguments.keywords();
+  Backend::run_plan(plan, keywords, arguments.rule<Rule>());
+}
+
+// Registers both ops of each rule as `_NAME_` and `_NAME_planned_` with `suffix` behind.
+template <class Backend, class Library>
+void register_steps(Library& m, const std::string& suffix = "") {
+  const auto both = [&]<class Rule>(const Rule*) {
+    const std::string name = std::string("_") + Rule::kName;
+    m.impl((name + "_" + suffix).c_str(), &boxed_lists<Backend, Rule>);
+    m.impl((name + "_planned_" + suffix).c_str(), &boxed_plan<Backend, Rule>);
+  };
+#define EFFKERN_REGISTER(Rule, name) both(static_cast<const Rule*>(nullptr));
+  EFFKERN_ONE_PASS_RULES(EFFKERN_REGISTER)
+#undef EFFKERN_REGISTER
+  both(static_cast<const Lamb*>(nullptr));
 }
 
 }  // namespace effkern

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-NUMEL, PARAM, GRAD, STATE0, STATE1, STATE2, STEP, STEPS, COLUMNS = range(9)
+NUMEL, PARAM, GRAD, STATE0, STATE1, STATE2, STEP, STEPS, TICKET, RATIO, COLUMNS = range(11)
 
 #: Elements in one block of GPU work.
 CHUNK = 8192

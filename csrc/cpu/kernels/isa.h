@@ -8,8 +8,10 @@
 #define EFFKERN_STRING_OF(x) #x
 #define EFFKERN_NAME_OF(x) EFFKERN_STRING_OF(x)
 
-#include "cpu/kernels.h"
+// clang-format off: the vectors' functions must be declared before the formulas
 #include "cpu/simd.h"
+#include "cpu/kernels.h"
+// clang-format on
 
 namespace effkern::cpu::EFFKERN_ISA {
 
@@ -18,7 +20,12 @@ void rms_norm_backward(const RmsNormBackward&, int64_t chunk_rows, void* partial
                        int64_t end);
 void rms_norm_weight(const RmsNormBackward&, int64_t chunks, const void* partial, int64_t begin,
                      int64_t end);
-void adam(const AdamTask&, int64_t begin, int64_t end);
+#define EFFKERN_DECLARE(Rule, name) \
+  void name(const StepTask&, const Rule&, int64_t begin, int64_t end);
+EFFKERN_ONE_PASS_RULES(EFFKERN_DECLARE)
+#undef EFFKERN_DECLARE
+void lamb_advance(const StepTask&, const Lamb&, double* squares, int64_t begin, int64_t end);
+void lamb_apply(const StepTask&, const Lamb&, const double* ratios, int64_t begin, int64_t end);
 void bandwidth(const BandwidthTask&, int64_t begin, int64_t end);
 
 }  // namespace effkern::cpu::EFFKERN_ISA

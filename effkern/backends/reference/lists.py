@@ -19,12 +19,13 @@ def check_lists(
         params: of any strides.
         lists: by argument name, the gradients and the states: for each parameter one tensor of its
             dtype, device and shape.
-        steps: one number per parameter, on the CPU.
+        steps: one number per parameter, or none at all.
 
     Raises:
         RuntimeError: naming the argument, what it was and what it must be.
     """
-    for name, tensors in (*lists.items(), ("steps", steps)):
+    counted = [("steps", steps)] if steps else []
+    for name, tensors in (*lists.items(), *counted):
         if len(tensors) != len(params):
             raise RuntimeError(
                 f"{name} has {len(tensors)} tensors; it must have as many as params, {len(params)}"
@@ -47,6 +48,15 @@ def check_lists(
                     raise RuntimeError(
                         f"{name}[{i}] has {what} {has}; it must have that of its parameter, {must}"
                     )
+        if not steps:
+            continue
         step = steps[i]
-        if not step.is_cpu or step.numel() != 1 or step.dtype not in (torch.float32, torch.float64):
-            raise RuntimeError(f"steps[{i}] must be one number on the CPU, float32 or float64")
+        device_fits = step.is_cpu or step.device == param.device
+        if not device_fits or step.numel() != 1 or step.dtype not in _COUNTERS:
+            raise RuntimeError(
+                f"steps[{i}] must be one number, float32 or float64, on the CPU or on the "
+                "parameters' device"
+            )
+
+
+_COUNTERS = (torch.float32, torch.float64)

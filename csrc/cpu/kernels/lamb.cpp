@@ -1,0 +1,124 @@
+// LAMB in two passes. The first moves the states on and sums the squares of each chunk of the
+// parameter and of its direction; the second goes along the direction, computed again from the
+// states: 24 bytes an element of float32 and 16.
+// clang-format off: the vectors' functions must be declared before the formulas
+#include "cpu/kernels/isa.h"
+#include "cpu/kernels/step.h"
+// clang-format on
+
+namespace effkern::cpu::EFFKERN_ISA {
+namespace {
+
+// So many vectors are summed in the accumulation type, then in double: sums of many squares would
+// lose digits in float32.
+constexpr int64_t kVectorsSummed = 16;
+
+template <class T>
+EFFKERN_INLINE Vec<T> advance_vector(const Arrays<T>& a, int64_t i, Acc<T> factor,
+                                     const Lamb::Scalars<Acc<T>>& scalars, Vec<T> param) {
+  Vec<T> grad = load(a.grad + i);
+  Vec<T> state[kMostStates] = {load(a.state[0] + i), load(a.state[1] + i)};
+  if (factor != Acc<T>(1)) grad = grad * factor;
+  Lamb::advance(grad, state, scalars);
+  store(a.state[0] + i, state[0]);
+  store(a.state[1] + i, state[1]);
+  // As the second pass will read them.
+  const Vec<T> stored[kMostStates] = {load(a.state[0] + i), load(a.state[1] + i)};
+  return Lamb::direction(param, stored, scalars);
+}
+
+template <class T>
+void advance_chunk(const Arrays<T>& a, int64_t begin, int64_t end, Acc<T> factor,
+                   const Lamb::Scalars<Acc<T>>& scalars, double* squares) {
+  double param_squares = 0, direction_squares = 0;
+  int64_t i = begin;
+  while (i + kLanes<T> <= end) {
+    Vec<T> param_sum = {}, direction_sum = {};
+    for (int64_t v = 0; v < kVectorsSummed && i + kLanes<T> <= end; ++v, i += kLanes<T>) {
+      const Vec<T> param = load(a.param + i);
+      const Vec<T> direction = advance_vector(a, i, factor, scalars, param);
+      param_sum += param * param;
+      direction_sum += direction * direction;
+    }
+    param_squares += sum_lanes(param_sum);
+    direction_squares += sum_lanes(direction_sum);
+  }
+  if (i < end) {
+    Tail<T> tail(a, i, end - i);
+    const Vec<T> param = load(tail.param);
+    const Vec<T> direction = advance_vector(tail.arrays(), 0, factor, scalars, param);
+    tail.write_back();
+    for (int64_t lane = 0; lane < end - i; ++lane) {
+      param_squares += param[lane] * param[lane];
+      direction_squares += direction[lane] * direction[lane];
+    }
+  }
+  squares[0] = param_squares;
+  squares[1] = direction_squares;
+}
+
+template <class T>
+void advance(const StepTask& task, const Lamb& rule, double* squares, int64_t begin, int64_t end) {
+  ScalarsOf<Lamb, Acc<T>> scalars(task, rule);
+  int64_t first = 0;  // the number of chunks in the tensors before this one
+  for (int64_t i = 0; i < task.tensors && first < end; ++i) {
+    const int64_t* const row = task.table + i * kTableColumns;
+    const int64_t numel = row[kNumel], chunks = (numel + kChunk - 1) / kChunk;
+    const int64_t from = begin > first ? begin - first : 0;
+    const int64_t to = end - first < chunks ? end - first : chunks;
+    for (int64_t chunk = from; chunk < to; ++chunk) {
+      const int64_t last = (chunk + 1) * kChunk < numel ? (chunk + 1) * kChunk : numel;
+      advance_chunk(arrays_at<T>(row), chunk * kChunk, last, static_cast<Acc<T>>(task.factor),
+                    scalars.at(row), squares + 2 * (first + chunk));
+    }
+    first += chunks;
+  }
+}
+
+template <class T>
+EFFKERN_INLINE void apply_vector(const Arrays<T>& a, int64_t i, Acc<T> step_size,
+                                 const Lamb::Scalars<Acc<T>>& scalars) {
+  const Vec<T> param = load(a.param + i);
+  const Vec<T> state[kMostStates] = {load(a.state[0] + i), load(a.state[1] + i)};
+  store(a.param + i, param - Lamb::direction(param, state, scalars) * step_size);
+}
+
+template <class T>
+void apply(const StepTask& task, const Lamb& rule, const double* ratios, int64_t begin,
+           int64_t end) {
+  ScalarsOf<Lamb, Acc<T>> all_scalars(task, rule);
+  int64_t first = 0;  // the number of elements in the tensors before this one
+  for (int64_t t = 0; t < task.tensors && first < end; ++t) {
+    const int64_t* const row = task.table + t * kTableColumns;
+    const int64_t numel = row[kNumel];
+    const int64_t from = granule_at_or_after(begin - first, numel);
+    const int64_t to = granule_at_or_after(end - first, numel);
+    first += numel;
+    if (from >= to) continue;
+    const Arrays<T> a = arrays_at<T>(row);
+    const auto& scalars = all_scalars.at(row);
+    const Acc<T> step_size = static_cast<Acc<T>>(task.lr * ratios[t]);
+    int64_t i = from;
+    for (; i + kLanes<T> <= to; i += kLanes<T>) apply_vector(a, i, step_size, scalars);
+    if (i < to) {
+      Tail<T> tail(a, i, to - i);
+      apply_vector(tail.arrays(), 0, step_size, scalars);
+      tail.write_back();
+    }
+  }
+}
+
+}  // namespace
+
+void lamb_advance(const StepTask& task, const Lamb& rule, double* squares, int64_t begin,
+                  int64_t end) {
+  with_type(task.dtype,
+            [&](auto type) { advance<decltype(type)>(task, rule, squares, begin, end); });
+}
+
+void lamb_apply(const StepTask& task, const Lamb& rule, const double* ratios, int64_t begin,
+                int64_t end) {
+  with_type(task.dtype, [&](auto type) { apply<decltype(type)>(task, rule, ratios, begin, end); });
+}
+
+}  // namespace effkern::cpu::EFFKERN_ISA

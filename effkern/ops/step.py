@@ -1,0 +1,107 @@
+"""The update rules' kernel ops: one step from lists of tensors, or by plan.
+
+``_adam_`` takes every tensor and raises the version counters of those it writes; torch.compile,
+opcheck and the reference backend use it. ``_adam_planned_`` takes a table of addresses that
+`effkern.optim.plan` keeps between steps and `effkern.ops.plan` puts the gradients in; what it
+writes is invisible to PyTorch, and its caller raises the version counters. All rules have both,
+with the keyword arguments
+
+    lr, lr_tensor         the learning rate; from a one-element tensor where there is one
+    grad_scale            what gradients were multiplied by: they are divided by it on the way
+    found_inf             nothing is updated or counted where it is not zero
+
+and options of their own. A step counter is increased by one first; a list of none counts nothing.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from effkern.backends.reference import rules as reference
+from effkern.ops._declare import Family, declare, imported_at_first_call
+from effkern.ops._versions import raise_versions
+from effkern.ops.plan import PLAN, untraceable
+
+_KEYWORDS = "float lr, Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None"
+
+
+class RuleOps:
+    """Declares the two ops of one update rule, and finds them.
+
+    Args:
+        name: of the rule; the ops are ``_NAME_`` and ``_NAME_planned_``.
+        states: what the ops call the lists of state tensors.
+        options: the rule's own keyword arguments, as a schema has them.
+
+    Attributes:
+        name: of the rule.
+        states: as given.
+        from_lists: the family of the op on lists.
+        from_plan: the family of the op on plans.
+    """
+
+    def __init__(self, name: str, states: tuple[str, ...], options: str) -> None:
+        self.name, self.states = name, states
+        lists = ", ".join(
+            f"Tensor({mark}!)[] {state}" for mark, state in zip("bcd", states, strict=False)
+        )
+        declare(
+            f"_{name}_",
+            f"(Tensor(a!)[] params, Tensor[] grads, {lists}, Tensor(e!)[] steps, *,"
+            f" {_KEYWORDS}, {options}) -> ()",
+            fake=_nothing,
+            reference=partial(reference.step_, name, states),
+            triton=partial(imported_at_first_call("effkern.backends.triton.step:step_"), name),
+        )
+        declare(
+            f"_{name}_planned_",
+            f"{PLAN}, *, {_KEYWORDS}, {options}) -> ()",
+            fake=untraceable,
+            reference=None,
+            triton=partial(
+                imported_at_first_call("effkern.backends.triton.step:step_planned_"), name
+            ),
+        )
+        raise_versions(f"_{name}_")
+        self.from_lists = Family(f"_{name}_")
+        self.from_plan = Family(f"_{name}_planned_")
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+adam = RuleOps(
+    "adam",
+    ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"),
+    "float beta1, float beta2, float eps, float weight_decay,"
+    " bool decoupled, bool amsgrad, bool maximize, bool bias_correction",
+)
+sgd = RuleOps(
+    "sgd",
+    ("momentum_buffers",),
+    "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize",
+)
+adagrad = RuleOps(
+    "adagrad", ("sums",), "float lr_decay, float eps, float weight_decay, bool maximize"
+)
+rmsprop = RuleOps(
+    "rmsprop",
+    ("square_avgs", "momentum_buffers", "grad_avgs"),
+    "float alpha, float eps, float weight_decay, float momentum, bool centered, bool maximize",
+)
+adadelta = RuleOps(
+    "adadelta",
+    ("square_avgs", "acc_deltas"),
+    "float rho, float eps, float weight_decay, bool maximize",
+)
+lion = RuleOps(
+    "lion", ("exp_avgs",), "float beta1, float beta2, float weight_decay, bool maximize"
+)
+lamb = RuleOps(
+    "lamb",
+    ("exp_avgs", "exp_avg_sqs"),
+    "float beta1, float beta2, float eps, float weight_decay, bool maximize",
+)
+rules = (adam, sgd, adagrad, rmsprop, adadelta, lion, lamb)
