@@ -138,4 +138,13 @@ __device__ __forceinline__ void store(T* p, T value) {
   store(p, Pack<T, 1>{{value}});
 }
 
+// Counts up, and from `last` back to 0, in one piece with respect to other blocks. Returns what
+// stood there.
+__device__ __forceinline__ unsigned take_ticket(unsigned* ticket, unsigned last) {
+  assume_global(ticket);
+  EFFKERN_COUNT_READ(sizeof(unsigned));
+  EFFKERN_COUNT_WRITE(sizeof(unsigned));
+  return atomicInc(ticket, last);
+}
+
 }  // namespace effkern::cuda

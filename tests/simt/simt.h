@@ -74,6 +74,14 @@ void __stwb(Word* p, Word value) {
 
 inline void __syncthreads() { simt::wait_for_block(); }
 
+// One thread runs at a time, so a read and a write are one piece, and each sees all before it.
+inline void __threadfence() {}
+inline unsigned atomicInc(unsigned* p, unsigned last) {
+  const unsigned old = *p;
+  *p = old >= last ? 0 : old + 1;
+  return old;
+}
+
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int offset) {
   if (mask != 0xffffffffu) simt::fail("a shuffle among part of a warp is not supported here");

@@ -1,0 +1,192 @@
+// The update rules' ops for CUDA tensors: one step from lists of tensors, or by plan.
+#include "cuda/step.h"
+#include "torch/cuda_device.h"
+#include "torch/multi_tensor.h"
+
+namespace effkern {
+namespace {
+
+// Host memory is pageable: CUDA has taken its copy of it when this returns, so it may change at
+// once.
+void upload(void* to, const void* from, size_t bytes, cudaStream_t stream) {
+  const cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream);
+  STD_TORCH_CHECK(error == cudaSuccess,
+                  "the table of tensors could not be uploaded: ", cudaGetErrorString(error));
+}
+
+template <class T>
+Tensor uploaded(const std::vector<T>& from, Device device, cudaStream_t stream) {
+  Tensor copy = empty_bytes(static_cast<int64_t>(from.size() * sizeof(T)), device);
+  upload(copy.mutable_data_ptr(), from.data(), from.size() * sizeof(T), stream);
+  return copy;
+}
+
+// ---- what the launch is told of numbers ----
+
+// On the parameters' device; null where there is none.
+cuda::DeviceNumber device_number(const std::optional<Tensor>& tensor, const char* name,
+                                 Device device) {
+  if (!tensor) return {};
+  STD_TORCH_CHECK(device_of(*tensor) == device, name,
+                  " is on another device; it must be on the parameters' device");
+  return {tensor->const_data_ptr(), tensor->scalar_type() == ScalarType::Double};
+}
+
+// All of a launch but its table and chunks.
+cuda::StepLaunch launch_of(const StepKeywords& keywords, DType dtype, Device device, Steps steps) {
+  cuda::StepLaunch task{};
+  task.dtype = dtype;
+  task.steps_on_device = steps.on_device;
+  task.steps_are_double = steps.are_double;
+  task.lr = keywords.lr;
+  if (keywords.lr_tensor && keywords.lr_tensor->is_cpu() &&
+      device_of(*keywords.lr_tensor) != device) {
+    task.lr = number_in(*keywords.lr_tensor);
+  } else {
+    task.lr_on_device = device_number(keywords.lr_tensor, "lr_tensor", device);
+  }
+  task.grad_scale = device_number(keywords.grad_scale, "grad_scale", device);
+  task.found_inf = device_number(keywords.found_inf, "found_inf", device);
+  return task;
+}
+
+// ---- step counters on the CPU ----
+
+// The host cannot know whether a step counts that `found_inf` may undo.
+void check_found_inf(const StepKeywords& keywords, const int64_t* rows, int64_t tensors,
+                     Steps steps) {
+  if (!keywords.found_inf || steps.on_device) return;
+  for (int64_t i = 0; i < tensors; ++i) {
+    STD_TORCH_CHECK(!rows[i * kTableColumns + kStep],
+                    "found_inf was given with step counters on the CPU; they must be on the "
+                    "parameters' device");
+  }
+}
+
+// The number of the step that the formula is for.
+int64_t formula_step(const int64_t* row, Steps steps) {
+  return row[kStep] ? static_cast<int64_t>(step_of(row, steps)) : 1;
+}
+
+// Increases every counter. Returns how many steps have been taken since kSteps was set, or nothing
+// where the tensors do not agree on it.
+std::optional<int64_t> count_steps(const int64_t* rows, int64_t tensors, Steps steps) {
+  std::optional<int64_t> common;
+  bool agree = true;
+  for (int64_t i = 0; i < tensors; ++i) {
+    const int64_t* const row = rows + i * kTableColumns;
+    increase_step(row, steps);
+    const int64_t elapsed = formula_step(row, steps) - row[kSteps];
+    agree = agree && elapsed == common.value_or(elapsed);
+    common = elapsed;
+  }
+  return agree ? common : std::nullopt;
+}
+
+void set_steps(int64_t* rows, int64_t tensors, Steps steps) {
+  for (int64_t i = 0; i < tensors; ++i) {
+    int64_t* const row = rows + i * kTableColumns;
+    row[kSteps] = formula_step(row, steps);
+  }
+}
+
+// ---- the ops ----
+
+// As effkern/optim/plan.py makes them.
+std::vector<int32_t> chunks_of(const StepTable& table) {
+  std::vector<int32_t> chunks;
+  for (int64_t tensor = 0; tensor < table.tensors(); ++tensor) {
+    const int64_t numel = table.rows[tensor * kTableColumns + kNumel];
+    int64_t chunk = 0;
+    do {
+      chunks.push_back(static_cast<int32_t>(tensor));
+      chunks.push_back(static_cast<int32_t>(chunk));
+    } while (++chunk * kChunk < numel);
+  }
+  return chunks;
+}
+
+template <class Rule>
+void run(const cuda::StepLaunch& task, const Rule& rule, Device, cudaStream_t stream) {
+  cuda::step(task, rule, stream);
+}
+
+void run(const cuda::StepLaunch& task, const Lamb& rule, Device device, cudaStream_t stream) {
+  // The allocator hands the memory out again only to work that is queued later on the same stream.
+  const Tensor workspace = empty_bytes(cuda::lamb_workspace(task), device);
+  cuda::step(task, rule, workspace.mutable_data_ptr(), stream);
+}
+
+struct CudaSteps {
+  template <class Rule>
+  static void run_lists(const StepLists& lists, const StepKeywords& keywords, const Rule& rule) {
+    StepTable table = step_table(lists, rule);
+    if (table.tensors() == 0) return;
+    cuda::StepLaunch task = launch_of(keywords, table.dtype, table.device, table.steps);
+    check_found_inf(keywords, table.rows.data(), table.tensors(), table.steps);
+    if (!table.steps.on_device) {
+      count_steps(table.rows.data(), table.tensors(), table.steps);
+      set_steps(table.rows.data(), table.tensors(), table.steps);
+    }
+    const std::vector<int32_t> chunks = chunks_of(table);
+    const CudaDevice current(table.device);
+    const cudaStream_t stream = current.stream();
+    const Tensor device_table = uploaded(table.rows, table.device, stream);
+    const Tensor device_chunks = uploaded(chunks, table.device, stream);
+    task.table = static_cast<int64_t*>(device_table.mutable_data_ptr());
+    task.chunks = static_cast<const int32_t*>(device_chunks.const_data_ptr());
+    task.chunk_count = static_cast<int64_t>(chunks.size()) / kChunkColumns;
+    run(task, rule, table.device, stream);
+  }
+
+  // With counters on the device, and where the table has not moved, this is the launch alone: what
+  // a CUDA graph can capture.
+  template <class Rule>
+  static void run_plan(const PlanArguments& plan, const StepKeywords& keywords, const Rule& rule) {
+    int64_t* const rows = planned_table(plan.table);
+    const int64_t tensors = plan.table.size(0);
+    const PlanHeader header(plan.layouts);
+    const Device device = device_of(plan.device_table);
+    check_on_device(plan, device);
+    const Steps steps = header.steps();
+    cuda::StepLaunch task = launch_of(keywords, header.dtype(), device, steps);
+    check_found_inf(keywords, rows, tensors, steps);
+    if (tensors == 0) return;
+
+    const std::optional<int64_t> elapsed =
+        steps.on_device ? int64_t{0} : count_steps(rows, tensors, steps);
+    const CudaDevice current(device);
+    const cudaStream_t stream = current.stream();
+    if (plan.moved || !elapsed) {
+      if (!steps.on_device) set_steps(rows, tensors, steps);
+      upload(plan.device_table.mutable_data_ptr(), rows, tensors * kTableColumns * sizeof(int64_t),
+             stream);
+    } else {
+      task.elapsed = *elapsed;
+    }
+    task.table = static_cast<int64_t*>(plan.device_table.mutable_data_ptr());
+    task.chunks = static_cast<const int32_t*>(plan.chunks.const_data_ptr());
+    task.chunk_count = plan.chunks.size(0);
+    run(task, rule, device, stream);
+  }
+
+ private:
+  static void check_on_device(const PlanArguments& plan, Device device) {
+    STD_TORCH_CHECK(plan.device_table.is_contiguous() &&
+                        plan.device_table.numel() == plan.table.numel() &&
+                        plan.device_table.scalar_type() == ScalarType::Long,
+                    "device_table must be a copy of table on the parameters' device");
+    STD_TORCH_CHECK(plan.chunks.is_contiguous() && plan.chunks.scalar_type() == ScalarType::Int &&
+                        device_of(plan.chunks) == device && plan.chunks.dim() == 2 &&
+                        plan.chunks.size(1) == kChunkColumns,
+                    "chunks must be a contiguous int32 tensor of ", int64_t{kChunkColumns},
+                    " columns on the device of device_table");
+  }
+};
+
+}  // namespace
+}  // namespace effkern
+
+STABLE_TORCH_LIBRARY_IMPL(effkern, EFFKERN_CUDA_KEY, m) {
+  effkern::register_steps<effkern::CudaSteps>(m, EFFKERN_CUDA_OVERLOAD);
+}
