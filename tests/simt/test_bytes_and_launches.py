@@ -3,73 +3,157 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-import effkern
-from effkern.backends import choice
 from tests.simt import build
+from tests.simt.variants import CHUNK, VARIANTS, Planned, Variant, blocks_of
+from tests.support.rules import random_tensors
 
 pytestmark = pytest.mark.skipif(not build.available(), reason="no C++ compiler")
-
-#: A block of Adam reads its chunk (2 x 4 bytes) and 6 numbers of the table, 7 with amsgrad.
-ADAM_BLOCK_BYTES = 8 + 6 * 8
-CHUNK = 8192
 
 
 def counts(work: Callable[[], object]) -> build.Counts:
     simt = build.load()
     simt.reset()
-    with choice.use_backend("simt"):
-        work()
+    work()
     return simt.counts()
 
 
-def adam(dtype: torch.dtype, sizes: list[int], **options: bool) -> torch.optim.Optimizer:
-    params = [torch.nn.Parameter(torch.randn(size).to(dtype)) for size in sizes]
-    for param in params:
-        param.grad = torch.randn_like(param)
-    return effkern.FusedAdamW(params, **options)
+#: Tensors of none, one and several blocks' worth of elements.
+SIZES = [1, 3, 0, CHUNK, CHUNK + 1, 20000, 17]
+BLOCKS = sum(blocks_of(SIZES))
+#: Those that take tickets: of tensors that have more than one.
+TICKETS = sum(blocks for blocks in blocks_of(SIZES) if blocks > 1)
+TICKET = 4
 
 
-@pytest.mark.parametrize(
-    ("dtype", "amsgrad"),
-    [
-        (torch.float32, False),
-        (torch.float32, True),
-        (torch.bfloat16, False),
-        (torch.float64, False),
-    ],
-)
-def test_adam_reads_and_writes_each_element_once_in_one_launch(
-    dtype: torch.dtype, amsgrad: bool
+@dataclass(frozen=True)
+class Traffic:
+    """What the launches of one step must move.
+
+    Attributes:
+        launches: how many.
+        read, written: bytes.
+    """
+
+    launches: int
+    read: int
+    written: int
+
+
+def least(variant: Variant, dtype: torch.dtype) -> Traffic:
+    """The traffic of a step of tensors of `SIZES`, counters on the CPU."""
+    elements, states = sum(SIZES) * dtype.itemsize, variant.states
+    # A block reads its chunk row (2 x 4 bytes), and of the table the number of elements, an
+    # address for each list, and the number of the step.
+    block = 8 + 8 * (1 + 2 + states + variant.reads_steps)
+    read, written = elements * (2 + states) + BLOCKS * block, elements * (1 + states)
+    if variant.rule.name != "lamb":
+        return Traffic(1, read, written)
+    # The first launch leaves the parameter as it is. It writes two float64 sums a block, reads
+    # them, and writes a number a tensor; the second launch reads all but the gradient.
+    ratio = 8 if dtype == torch.float64 else 4
+    read += BLOCKS * 2 * 8 + TICKETS * TICKET
+    written += BLOCKS * 2 * 8 + TICKETS * TICKET + len(SIZES) * ratio
+    return Traffic(2, read + elements * (1 + states) + BLOCKS * (block - 8 + ratio), written)
+
+
+def traffic(seen: build.Counts) -> Traffic:
+    return Traffic(seen.launches, seen.read, seen.written)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_steps_read_and_write_each_element_once(variant: Variant, dtype: torch.dtype) -> None:
+    build.load()
+    planned = Planned(variant, random_tensors(variant.rule, SIZES, dtype), on_device=False)
+    planned.step()
+    seen = counts(planned.step)
+    assert traffic(seen) == least(variant, dtype)
+    assert seen.uploaded == 0
+
+
+@pytest.mark.parametrize("step_dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_counters_on_the_device_add_their_own_bytes(
+    variant: Variant, step_dtype: torch.dtype
 ) -> None:
-    sizes = [1, 3, 0, 8192, 8193, 20000, 17]
-    blocks = sum(-(-size // CHUNK) for size in sizes)
-    optimizer = adam(dtype, sizes, amsgrad=amsgrad)
     build.load()
-    with choice.use_backend("simt"):
-        optimizer.step()  # makes the states and the plan
-    seen = counts(optimizer.step)
-    tensors_read, tensors_written = (5, 4) if amsgrad else (4, 3)  # float32: 16 and 12 bytes
-    table = blocks * (ADAM_BLOCK_BYTES + 8 * amsgrad)
-    assert seen.launches == 1
-    assert seen.read == tensors_read * sum(sizes) * dtype.itemsize + table
-    assert seen.written == tensors_written * sum(sizes) * dtype.itemsize
+    tensors = random_tensors(variant.rule, SIZES, step_dtype=step_dtype)
+    planned = Planned(variant, tensors, on_device=True)
+    planned.step()
+    seen = counts(planned.step)
+    host = least(variant, torch.float32)
+    # Each block reads the counter's address, in place of the number of the step, and the counter.
+    block = 8 * (not variant.reads_steps) + step_dtype.itemsize
+    assert traffic(seen) == Traffic(
+        host.launches,
+        host.read + host.launches * BLOCKS * block + TICKETS * TICKET,
+        host.written + TICKETS * TICKET + len(SIZES) * step_dtype.itemsize,
+    )
+    assert seen.uploaded == 0
 
 
-def test_the_table_is_uploaded_only_when_an_address_changes() -> None:
-    optimizer = adam(torch.float32, [100, 9000])
+@pytest.mark.parametrize("number_dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_numbers_on_the_device_are_read_once_a_block(
+    variant: Variant, number_dtype: torch.dtype
+) -> None:
     build.load()
-    with choice.use_backend("simt"):
-        optimizer.step()
-    assert counts(optimizer.step).uploaded == 0
-    param = optimizer.param_groups[0]["params"][0]
-    param.grad = torch.randn_like(param)  # the old gradient is still alive here: a new address
-    assert counts(optimizer.step).uploaded == 2 * 8 * 8
-    assert counts(optimizer.step).uploaded == 0
+    tensors = random_tensors(variant.rule, SIZES)
+    planned = Planned(variant, tensors, on_device=True)
+    planned.step()
+    plain = counts(planned.step)
+    number = {"dtype": number_dtype}
+    for name, value, launches in (
+        ("lr_tensor", 0.1, plain.launches),
+        ("found_inf", 0.0, plain.launches),
+        ("grad_scale", 8.0, 1),  # LAMB's second launch reads no gradients
+    ):
+        seen = counts(partial(planned.step, **{name: torch.tensor(value, **number)}))
+        assert seen.launches == plain.launches
+        assert seen.read == plain.read + launches * BLOCKS * number_dtype.itemsize
+        assert (seen.written, seen.uploaded) == (plain.written, 0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_nothing_moves_where_an_infinity_was_found(variant: Variant) -> None:
+    build.load()
+    planned = Planned(variant, random_tensors(variant.rule, SIZES), on_device=True)
+    planned.step()
+    found = torch.tensor(1.0)
+    seen = counts(lambda: planned.step(found_inf=found))
+    assert seen.read == seen.launches * BLOCKS * found.itemsize
+    assert (seen.written, seen.uploaded) == (0, 0)
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["on the CPU", "on the device"])
+def test_the_table_is_uploaded_only_when_an_address_changes(on_device: bool) -> None:
+    build.load()
+    tensors = random_tensors(VARIANTS[0].rule, [100, 9000])
+    planned = Planned(VARIANTS[0], tensors, on_device=on_device)
+    planned.step()
+    assert counts(planned.step).uploaded == 0
+    others = [grad.clone() for grad in tensors.grads]
+    rows = 2 * planned.plan.table.shape[1] * 8
+    assert counts(lambda: planned.step(others)).uploaded == rows
+    assert counts(lambda: planned.step(others)).uploaded == 0
+
+
+def test_the_table_is_uploaded_when_tensors_disagree_on_their_steps() -> None:
+    build.load()
+    tensors = random_tensors(VARIANTS[0].rule, [5, 6], steps=(3.0, 7.0))
+    planned = Planned(VARIANTS[0], tensors, on_device=False)
+    planned.step()
+    assert counts(planned.step).uploaded == 0
+    tensors.steps[0].add_(1)
+    assert counts(planned.step).uploaded == 2 * planned.plan.table.shape[1] * 8
+    assert counts(planned.step).uploaded == 0
 
 
 def forward(x: Tensor, residual: Tensor | None, weight: Tensor | None) -> Callable[[], object]:

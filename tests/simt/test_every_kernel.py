@@ -12,11 +12,10 @@ from torch import Tensor
 
 from effkern.backends.reference.dtypes import accumulation_dtype
 from tests.simt import build
+from tests.simt.variants import CHUNK, DTYPES, VARIANTS, Variant
+from tests.support.rules import Tensors, random_tensors
 
 pytestmark = pytest.mark.skipif(not build.available(), reason="no C++ compiler")
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-CHUNK = 8192
 
 
 def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -30,32 +29,27 @@ def at_offset(tensor: Tensor, offset: int) -> Tensor:
     return memory.copy_(tensor.flatten()).view(tensor.shape)
 
 
-#: Chunk tails, one full chunk, several chunks, nothing.
-SIZES = [1, 7, 8, 9, 0, 1025, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5]
+#: Tails of vectors, nothing, one full chunk, two chunks.
+SIZES = [1, 7, 8, 9, 0, CHUNK, CHUNK + 5]
 
 
-@pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_adam_takes_any_address(dtype: torch.dtype, amsgrad: bool) -> None:
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_steps_take_any_address(variant: Variant, dtype: torch.dtype) -> None:
     build.load()
-    scales = [1.0, 1.0, 0.1, 0.01, 0.02][: 5 if amsgrad else 4]
-    for unaligned in [None, *range(len(scales))]:  # which list starts off a multiple of 16 bytes
-        lists = []
-        for which, scale in enumerate(scales):
-            values = [torch.randn(size).mul(scale).to(dtype) for size in SIZES]
-            if which >= 3:  # running means of squares
-                values = [v.abs() for v in values]
-            lists.append([at_offset(v, int(which == unaligned)) for v in values])
-        lists += [[]] * (5 - len(lists))
-        steps = [torch.tensor(float(i % 3)) for i in range(len(SIZES))]
-        expected = [[t.clone() for t in tensors] for tensors in (*lists, steps)]
-        options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.01}
-        options |= {"decoupled": True, "amsgrad": amsgrad, "maximize": False}
-        torch.ops.effkern._adam_.simt(*lists, steps, **options)
-        torch.ops.effkern._adam_.reference(*expected, **options)
-        for mine, theirs in zip((*lists, steps), expected, strict=True):
-            for actual, wanted in zip(mine, theirs, strict=True):
-                close(actual, wanted, dtype)
+    for unaligned in [None, *range(2 + variant.states)]:  # which list starts off 16 bytes
+        made = random_tensors(variant.rule, SIZES, dtype, steps=(0, 1, 2))
+        *lists, steps = made.lists()
+        places = [0, 1, *(2 + s for s, kept in enumerate(variant.kept) if kept)]
+        for i, place in enumerate(places):
+            lists[place] = [at_offset(tensor, int(i == unaligned)) for tensor in lists[place]]
+        mine = Tensors.of([*lists, steps])
+        expected = mine.clone()
+        variant.by_lists(mine)
+        variant.by_lists(expected, "reference")
+        for actual, wanted in zip(mine.lists(), expected.lists(), strict=True):
+            for a, e in zip(actual, wanted, strict=True):
+                close(a, e, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -117,22 +111,33 @@ def test_rows_may_be_strided_differently(features: int) -> None:
 
 
 def test_every_instance_runs() -> None:
-    """8 of Adam's kernel (dtype, amsgrad), 16 of the forward's two and 24 of the backward's three
-    (dtype, aligned or not), 4 of the sum of shares (dtype).
+    """Of each dtype: one kernel for each variant of a rule and a second one for LAMB, four of the
+    forward's two (aligned or not), six of the backward's three, one of the sum of shares.
     """
     simt = build.load()
-    for dtype, amsgrad in product(DTYPES, (False, True)):
-        state = [[torch.zeros(1, dtype=dtype)] for _ in range(5 if amsgrad else 4)] + [[]] * (
-            not amsgrad
-        )
-        scalars = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.01}
-        flags = {"decoupled": True, "amsgrad": amsgrad, "maximize": False}
-        torch.ops.effkern._adam_.simt(*state, [torch.tensor(0.0)], **scalars, **flags)
+    for dtype, variant in product(DTYPES, VARIANTS):
+        variant.by_lists(random_tensors(variant.rule, [1], dtype))
     for dtype, features in product(DTYPES, (8, 9, 16400, 16401)):
         x, weight = torch.randn(1, features).to(dtype), torch.ones(features, dtype=dtype)
         _, rstd = torch.ops.effkern._rms_norm_forward.simt(x, weight, 1, 1e-5)
         torch.ops.effkern._rms_norm_backward.simt(x, None, x, weight, rstd, 1, True, True)
-    assert simt.kernels() == 8 + 16 + 24 + 4
+    assert simt.kernels() == 4 * (len(VARIANTS) + 1 + 4 + 6 + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_order_of_threads_and_blocks_does_not_change_lamb(dtype: torch.dtype) -> None:
+    simt = build.load()
+    (lamb,) = (variant for variant in VARIANTS if variant.rule.name == "lamb")
+    made = random_tensors(lamb.rule, [5 * CHUNK + 3, 700], dtype)
+    results = []
+    for seed in range(3):
+        simt.seed(seed)
+        tensors = made.clone()
+        lamb.by_lists(tensors)
+        results.append(tensors.lists())
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["groups of lanes", "groups of warps", "long rows"])
