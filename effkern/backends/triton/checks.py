@@ -12,6 +12,8 @@ import torch
 
 from effkern.backends.triton.numerics import TRITON_DTYPE
 
+_NUMBERS = (torch.float32, torch.float64)
+
 
 def check_dtype(tensor: torch.Tensor, name: str) -> None:
     """Refuse a dtype that no kernel takes."""
@@ -50,9 +52,10 @@ def check_lists(
 ) -> None:
     """Refuse lists that do not belong to one multi-tensor step.
 
-    ``lists``: by argument name, the gradients and states, one tensor per parameter in each.
+    ``lists``: by argument name, the gradients and states, one tensor per parameter in each;
+    ``steps``: a number for each parameter, or none at all.
     """
-    for name, tensors in [*lists.items(), ("steps", steps)]:
+    for name, tensors in [*lists.items(), *([("steps", steps)] if steps else [])]:
         if len(tensors) != len(params):
             raise RuntimeError(
                 f"{name} has {len(tensors)} tensors; it must have as many as params, {len(params)}"
@@ -75,13 +78,24 @@ def check_lists(
                     f"{name}[{index}] has strides {tensors[index].stride()}; "
                     f"it must have those of its parameter, {param.stride()}"
                 )
-        step = steps[index]
+    for index, step in enumerate(steps):
+        here = step.is_cpu or step.device == params[0].device
         if (
-            step.device.type != "cpu"
-            or step.numel() != 1
-            or step.dtype not in (torch.float32, torch.float64)
+            step.numel() != 1
+            or step.dtype not in _NUMBERS
+            or not here
+            or (step.dtype, step.device) != (steps[0].dtype, steps[0].device)
         ):
-            raise RuntimeError(f"steps[{index}] must be one number on the CPU, float32 or float64")
+            raise RuntimeError(
+                f"steps[{index}] must be one number, float32, or float64 as all steps are, on the "
+                "CPU or all on the parameters' device"
+            )
+
+
+def check_number(tensor: torch.Tensor, name: str) -> None:
+    """Refuse what is not one number."""
+    if tensor.numel() != 1 or tensor.dtype not in _NUMBERS:
+        raise RuntimeError(f"{name} must be one float32 or float64 number")
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

@@ -21,9 +21,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from effkern.backends.triton.adam import adam_
 from effkern.backends.triton.numerics import TRITON_DTYPE
 from effkern.backends.triton.rms_norm import rms_norm_backward, rms_norm_forward
+from effkern.backends.triton.rules import RULES
+from effkern.backends.triton.step import step_
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -54,9 +55,9 @@ def rows(architectures: Sequence[int] = ARCHITECTURES) -> list[dict[str, Any]]:
                 if source in seen:
                     continue  # another length of row, but the same kernel
                 seen.add(source)
-                kernel = f"triton {launch.kernel.__name__.removesuffix('_kernel')} {name}"
                 for arch in architectures:
                     compiled = compile_for(launch, arch)
+                    kernel = f"triton {compiled.metadata.name.removesuffix('_kernel')} {name}"
                     found.append((kernel, arch, pool.submit(_resources, compiled)))
     return [{"kernel": kernel, "arch": arch, **row.result()} for kernel, arch, row in found]
 
@@ -65,12 +66,16 @@ def main_paths() -> Iterator[tuple[str, Callable[[], None]]]:
     """Calls that between them launch every kernel, each with what sets it apart."""
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        yield name, partial(_adam, dtype, amsgrad=False)
-        yield f"{name} amsgrad", partial(_adam, dtype, amsgrad=True)
+        yield name, partial(_step, "adam", dtype)
+        yield f"{name} amsgrad", partial(_step, "adam", dtype, amsgrad=True)
         for features in (768, 16384, 65536):
             yield f"{name} x {features}", partial(_rms_norm_forward, dtype, features)
         for features in (768, 8192, 16384):
             yield f"{name} x {features}", partial(_rms_norm_backward, dtype, features)
+    for rule in RULES.keys() - {"adam"}:
+        yield "float32", partial(_step, rule, torch.float32)
+    for rule in ("adam", "lamb"):
+        yield "float32 on the device", partial(_step, rule, torch.float32, on_device=True)
 
 
 def record(call: Callable[[], None]) -> list[Launch]:
@@ -156,23 +161,61 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     return usage_text, assembly_text
 
 
-def _adam(dtype: torch.dtype, *, amsgrad: bool) -> None:
+#: Every option of every rule; those that keep a state are on, but for AMSGrad.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "adam": {
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 1e-2,
+        "decoupled": True,
+        "amsgrad": False,
+        "maximize": False,
+        "bias_correction": True,
+    },
+    "sgd": {
+        "momentum": 0.9,
+        "dampening": 0.0,
+        "weight_decay": 1e-2,
+        "nesterov": True,
+        "maximize": False,
+    },
+    "adagrad": {"lr_decay": 0.1, "eps": 1e-10, "weight_decay": 1e-2, "maximize": False},
+    "rmsprop": {
+        "alpha": 0.99,
+        "eps": 1e-8,
+        "weight_decay": 1e-2,
+        "momentum": 0.9,
+        "centered": True,
+        "maximize": False,
+    },
+    "adadelta": {"rho": 0.9, "eps": 1e-6, "weight_decay": 1e-2, "maximize": False},
+    "lion": {"beta1": 0.9, "beta2": 0.99, "weight_decay": 1e-2, "maximize": False},
+    "lamb": {
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-6,
+        "weight_decay": 1e-2,
+        "maximize": False,
+    },
+}
+
+
+def _step(rule: str, dtype: torch.dtype, *, on_device: bool = False, **changed: Any) -> None:
+    """``on_device``: step counter, learning rate and what torch.amp.GradScaler gives."""
     tensors = [torch.empty(4096, dtype=dtype, device="meta")]
-    adam_(
+    number = torch.empty((), device="meta") if on_device else None
+    step_(
+        rule,
         tensors,
         tensors,
-        tensors,
-        tensors,
-        tensors if amsgrad else [],
-        [torch.zeros(())],
+        *[tensors] * len(RULES[rule].states),
+        [torch.zeros(()) if number is None else number],
         lr=1e-3,
-        beta1=0.9,
-        beta2=0.999,
-        eps=1e-8,
-        weight_decay=1e-2,
-        decoupled=True,
-        amsgrad=amsgrad,
-        maximize=False,
+        lr_tensor=number,
+        grad_scale=number,
+        found_inf=number,
+        **(_OPTIONS[rule] | changed),
     )
 
 

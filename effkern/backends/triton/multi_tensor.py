@@ -1,11 +1,8 @@
 """One launch over any number of tensors: the loop over the table of addresses, for any update rule.
 
-An update rule is a @triton.jit function
-
-    rule(param, grad, state0, state1, state2, scalars, STATES) -> (param, state0, state1, state2)
-
-of blocks in the accumulation type; it gives back as they came the states that it does not have. The
-table and the list of chunks are those of csrc/common/multi_tensor.h.
+The rules are those of `effkern.backends.triton.rules`; the table and the list of chunks are those
+of csrc/common/multi_tensor.h. A number in the table that the kernels write lies in the device's
+copy.
 """
 
 from __future__ import annotations
@@ -27,6 +24,7 @@ from effkern.backends.table import (
     STATE1,
     STATE2,
     STEP,
+    TICKET,
 )
 from effkern.backends.triton.numerics import to_accumulator, to_storage
 
@@ -36,10 +34,98 @@ _GRAD = tl.constexpr(GRAD)
 _STATE0 = tl.constexpr(STATE0)
 _STATE1 = tl.constexpr(STATE1)
 _STATE2 = tl.constexpr(STATE2)
+_STEP = tl.constexpr(STEP)
+_TICKET = tl.constexpr(TICKET)
 _COLUMNS = tl.constexpr(COLUMNS)
 _CHUNK = tl.constexpr(CHUNK)
 
 WARPS = 4
+
+# ---- what a program finds before its elements ----
+
+
+@triton.jit
+def table_row(table, chunks):
+    """The row of the tensor that this program works on."""
+    return table + chunk_tensor(chunks) * _COLUMNS
+
+
+@triton.jit
+def chunk_tensor(chunks):
+    """The index of that tensor."""
+    return tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
+
+
+@triton.jit
+def chunk_index(chunks):
+    """Which of the tensor's chunks this program works on."""
+    return tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64)
+
+
+@triton.jit
+def next_step(row, STEP: tl.constexpr):
+    """The number of the step under way, float64; STEP is the dtype of the device's counter."""
+    return tl.load(tl.load(row + _STEP).to(tl.pointer_type(STEP))).to(tl.float64) + 1.0
+
+
+@triton.jit
+def count_step(row, t, STEP: tl.constexpr):
+    """Writes the counter, once all programs of the tensor have read it."""
+    if finishes_tensor(row):
+        tl.store(tl.load(row + _STEP).to(tl.pointer_type(STEP)), t.to(STEP))
+
+
+@triton.jit
+def tensor_programs(row):
+    """How many programs work on the tensor; an empty one has one, which counts its step."""
+    return tl.maximum((tl.load(row + _NUMEL) + _CHUNK - 1) // _CHUNK, 1)
+
+
+@triton.jit
+def finishes_tensor(row):
+    """Whether all other programs of the tensor have come here before this one.
+
+    What they wrote before it can then be read.
+    """
+    tl.debug_barrier()  # the ticket is drawn by one thread, for all of them
+    last = tl.atomic_add(row + _TICKET, 1) == tensor_programs(row) - 1
+    if last:
+        tl.store(row + _TICKET, 0)
+    return last
+
+
+@triton.jit
+def addresses_of(row, GRADIENT: tl.constexpr, STATES: tl.constexpr):
+    """Of parameter, gradient and three states; the parameter's where there is none."""
+    param = tl.load(row + _PARAM)
+    grad, state0, state1, state2 = param, param, param, param
+    if GRADIENT:
+        grad = tl.load(row + _GRAD)
+    if STATES & 1:
+        state0 = tl.load(row + _STATE0)
+    if STATES & 2:
+        state1 = tl.load(row + _STATE1)
+    if STATES & 4:
+        state2 = tl.load(row + _STATE2)
+    return param, grad, state0, state1, state2
+
+
+@triton.jit
+def chunk_range(row, chunks, addresses, BLOCK: tl.constexpr):
+    """Of this program's elements: the first, where whole blocks of BLOCK end, and the end.
+
+    There are whole blocks only where all addresses are multiples of 16.
+    """
+    begin = chunk_index(chunks) * _CHUNK
+    end = tl.minimum(begin + _CHUNK, tl.load(row + _NUMEL))
+    param, grad, state0, state1, state2 = addresses
+    whole_end = begin
+    if (param | grad | state0 | state1 | state2) % 16 == 0:
+        whole_end = begin + (end - begin) // BLOCK * BLOCK
+    return begin, whole_end, end
+
+
+# ---- elements ----
 
 
 @triton.jit
@@ -71,9 +157,13 @@ def update_block(
     addresses,
     offsets,
     end,
+    factor,
     rule,
     scalars,
+    GRADIENT: tl.constexpr,
+    SCALED: tl.constexpr,
     STATES: tl.constexpr,
+    WRITTEN: tl.constexpr,
     DTYPE: tl.constexpr,
     ACC: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -84,66 +174,67 @@ def update_block(
     """
     param_address, grad_address, address0, address1, address2 = addresses
     param = load_block(param_address, offsets, end, DTYPE, ACC, WHOLE)
-    grad = load_block(grad_address, offsets, end, DTYPE, ACC, WHOLE)
+    grad = param
+    if GRADIENT:
+        grad = load_block(grad_address, offsets, end, DTYPE, ACC, WHOLE)
+    if SCALED:
+        grad = grad * factor
     state0, state1, state2 = grad, grad, grad
-    if STATES > 0:
+    if STATES & 1:
         state0 = load_block(address0, offsets, end, DTYPE, ACC, WHOLE)
-    if STATES > 1:
+    if STATES & 2:
         state1 = load_block(address1, offsets, end, DTYPE, ACC, WHOLE)
-    if STATES > 2:
+    if STATES & 4:
         state2 = load_block(address2, offsets, end, DTYPE, ACC, WHOLE)
     param, state0, state1, state2 = rule(param, grad, state0, state1, state2, scalars, STATES)
     store_block(param_address, offsets, end, param, DTYPE, WHOLE)
-    if STATES > 0:
+    if WRITTEN & 1:
         store_block(address0, offsets, end, state0, DTYPE, WHOLE)
-    if STATES > 1:
+    if WRITTEN & 2:
         store_block(address1, offsets, end, state1, DTYPE, WHOLE)
-    if STATES > 2:
+    if WRITTEN & 4:
         store_block(address2, offsets, end, state2, DTYPE, WHOLE)
 
 
 @triton.jit
-def chunk_tensor(chunks):
-    """The index of the tensor that this program works on."""
-    return tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
-
-
-@triton.jit
 def update_chunk(
-    table,
+    row,
     chunks,
+    factor,
     rule,
     scalars,
+    GRADIENT: tl.constexpr,
+    SCALED: tl.constexpr,
     STATES: tl.constexpr,
+    WRITTEN: tl.constexpr,
     DTYPE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Applies ``rule`` to this program's chunk."""
-    row = table + chunk_tensor(chunks) * _COLUMNS
-    begin = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * _CHUNK
-    end = tl.minimum(begin + _CHUNK, tl.load(row + _NUMEL))
-    param = tl.load(row + _PARAM)
-    grad = tl.load(row + _GRAD)
-    state0, state1, state2 = param, param, param
-    if STATES > 0:
-        state0 = tl.load(row + _STATE0)
-    if STATES > 1:
-        state1 = tl.load(row + _STATE1)
-    if STATES > 2:
-        state2 = tl.load(row + _STATE2)
-    addresses = (param, grad, state0, state1, state2)
+    """Applies ``rule`` to this program's chunk of the tensor in ``row``.
 
-    whole_end = begin
-    if (param | grad | state0 | state1 | state2) % 16 == 0:
-        whole_end = begin + (end - begin) // BLOCK * BLOCK
+    factor: of the gradients, where they are SCALED. rule: a rule's update. GRADIENT: whether it
+    needs the gradient; otherwise it gets the parameter instead. STATES, WRITTEN: masks of the
+    states that are read and written.
+    """
+    addresses = addresses_of(row, GRADIENT, STATES)
+    begin, whole_end, end = chunk_range(row, chunks, addresses, BLOCK)
     for start in range(begin, whole_end, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
-        update_block(addresses, offsets, end, rule, scalars, STATES, DTYPE, ACC, True)
+        update_block(
+            addresses, offsets, end, factor, rule, scalars,
+            GRADIENT, SCALED, STATES, WRITTEN, DTYPE, ACC, True,
+        )  # fmt: skip
     # Masked accesses are single elements, of which a whole block would need many registers.
     for start in range(whole_end, end, BLOCK // 2):
         offsets = start + tl.arange(0, BLOCK // 2)
-        update_block(addresses, offsets, end, rule, scalars, STATES, DTYPE, ACC, False)
+        update_block(
+            addresses, offsets, end, factor, rule, scalars,
+            GRADIENT, SCALED, STATES, WRITTEN, DTYPE, ACC, False,
+        )  # fmt: skip
+
+
+# ---- the host's part ----
 
 
 def block_size(dtype: torch.dtype) -> int:
@@ -152,16 +243,22 @@ def block_size(dtype: torch.dtype) -> int:
 
 
 def build_table(
-    params: Sequence[torch.Tensor], grads_and_states: Sequence[Sequence[torch.Tensor]]
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    states: Sequence[Sequence[torch.Tensor] | None],
+    steps: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """The table of tensors that no plan describes, on the CPU; the columns of the steps stay 0.
+    """The table of tensors that no plan describes, on the CPU.
 
-    ``grads_and_states`` holds lists of one tensor per parameter: the gradients, then each state.
+    ``states`` has None for one that is not kept; ``steps`` may be empty.
     """
-    columns = [[param.numel() for param in params]]
-    columns += [[tensor.data_ptr() for tensor in each] for each in (params, *grads_and_states)]
-    table = torch.zeros(len(params), COLUMNS, dtype=torch.int64)
-    table[:, : len(columns)] = torch.tensor(columns).T
+    columns = {PARAM: params, GRAD: grads, STEP: steps}
+    columns |= {STATE0 + i: state for i, state in enumerate(states) if state is not None}
+    table = torch.zeros(len(params), COLUMNS, dtype=torch.int64, device="cpu")
+    table[:, NUMEL] = _int64([param.numel() for param in params])
+    for column, tensors in columns.items():
+        if tensors:
+            table[:, column] = _int64([tensor.data_ptr() for tensor in tensors])
     return table
 
 
@@ -170,9 +267,9 @@ def build_chunks(numels: Sequence[int]) -> torch.Tensor:
     rows = [
         (tensor, chunk)
         for tensor, numel in enumerate(numels)
-        for chunk in range(-(-numel // CHUNK))
+        for chunk in range(max(1, -(-numel // CHUNK)))
     ]
-    return torch.tensor(rows, dtype=torch.int32).reshape(-1, 2)
+    return torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(-1, 2)
 
 
 def upload(source: torch.Tensor, target: torch.Tensor) -> None:
@@ -181,6 +278,13 @@ def upload(source: torch.Tensor, target: torch.Tensor) -> None:
         # A page-locked copy: the caller may write to ``source`` before the device has read it.
         source = source.clone().pin_memory()
     target.copy_(source, non_blocking=True)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device, in the same way."""
+    target = torch.empty_like(tensor, device=device)
+    upload(tensor, target)
+    return target
 
 
 def count_steps(table: torch.Tensor, float64: bool) -> list[float]:
@@ -192,3 +296,7 @@ def count_steps(table: torch.Tensor, float64: bool) -> list[float]:
         counter.value += 1
         steps.append(counter.value)
     return steps
+
+
+def _int64(numbers: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")

@@ -61,3 +61,9 @@ def scalar(value, ACC: tl.constexpr):
 def larger(a, b):
     """The larger of two numbers; a NaN on either side wins, as in torch.maximum."""
     return tl.where((b > a) | (b != b), b, a)
+
+
+@triton.jit
+def sign_of(x):
+    """-1, 0 or 1; 0 for NaN, as torch.sign."""
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
