@@ -20,6 +20,12 @@ pytestmark = pytest.mark.skipif(
 REGISTERS = 65536
 
 
+#: The update rules' variants, as the kernels' template arguments begin.
+VARIANTS = {"Adam": 2, "Sgd": 2, "Adagrad": 1, "RmsProp": 4, "Adadelta": 1, "Lion": 1}
+#: Those that keep three states.
+THREE_STATES = (["Adam", "1"], ["RmsProp", "3"])
+
+
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
     return machine_code.cuda_rows()
@@ -34,18 +40,23 @@ def arguments(row: Row) -> tuple[str, list[str]]:
 
 def threads(row: Row) -> int:
     """Threads a multiprocessor, as the kernels' sources state them."""
-    name, (dtype, *rest) = arguments(row)
-    if name == "adam_kernel":
-        return 256 * (4 - (dtype == "double") - (rest == ["true"]))
+    name, rest = arguments(row)
+    if name in ("step_kernel", "lamb_advance", "lamb_apply"):
+        wide = rest[-1] not in ("float", "double") and rest[:2] in THREE_STATES
+        return 256 * (2 if rest[-1] == "double" else 4 - wide)
     return 512 if name == "backward_held" else 1024
 
 
 def test_every_instance_is_there(rows: list[Row]) -> None:
     names = [arguments(row)[0] for row in rows]
     counts = {name: names.count(name) / len(ARCHITECTURES) for name in names}
-    expected = {"adam_kernel": 8, "forward_held": 8, "forward_twice": 8}
+    expected = {"step_kernel": 4 * sum(VARIANTS.values()), "lamb_advance": 4, "lamb_apply": 4}
+    expected |= {"forward_held": 8, "forward_twice": 8}
     expected |= {"backward_held": 8, "project": 8, "apply": 8, "sum_shares": 4}
     assert counts == expected
+    steps = {tuple(rest) for name, rest in map(arguments, rows) if name == "step_kernel"}
+    for rule, variants in VARIANTS.items():
+        assert {rest[1] for rest in steps if rest[0] == rule} == set(map(str, range(variants)))
 
 
 def test_nothing_spills_and_nothing_is_local(rows: list[Row]) -> None:
@@ -54,8 +65,9 @@ def test_nothing_spills_and_nothing_is_local(rows: list[Row]) -> None:
 
 def test_the_aligned_path_moves_16_bytes_at_a_time(rows: list[Row]) -> None:
     for row in rows:
-        name, (_, *rest) = arguments(row)
-        if name == "sum_shares" or rest == ["1"]:
+        name, rest = arguments(row)
+        one_by_one = name.startswith(("forward", "backward", "project", "apply")) and rest[1] == "1"
+        if name == "sum_shares" or one_by_one:
             continue
         assert row.vector_loads, row
         assert row.vector_stores or name == "project", row  # a number a row is all it writes
@@ -64,6 +76,12 @@ def test_the_aligned_path_moves_16_bytes_at_a_time(rows: list[Row]) -> None:
 def test_registers_leave_room_for_the_threads_that_are_stated(rows: list[Row]) -> None:
     for row in rows:
         assert row.registers * threads(row) <= REGISTERS, row
+
+
+def test_adam_in_float32_takes_at_most_64_registers(rows: list[Row]) -> None:
+    of_adam = [row for row in rows if re.search(r"<Adam, \d, float>", row.kernel)]
+    assert len(of_adam) == 2 * len(ARCHITECTURES)
+    assert [row for row in of_adam if row.registers > 64] == []
 
 
 def test_shared_memory_is_all_dynamic(rows: list[Row]) -> None:

@@ -173,12 +173,14 @@ def _instructions(assembly: str) -> dict[str, str]:
 
 
 def _readable(symbols: Iterable[str]) -> dict[str, str]:
-    """``kernel<float, 4>`` for each mangled name; the name itself where there is no c++filt."""
+    """``kernel<Rule, 0, float>`` for each mangled name, without namespaces; the name itself where
+    there is no c++filt.
+    """
     symbols = list(symbols)
     tool = _tool("cu++filt") or shutil.which("c++filt")
     if tool is None:
         return {symbol: symbol for symbol in symbols}
-    lines = _run([tool, *symbols]).splitlines()
+    lines = _run([tool, *symbols]).replace("effkern::", "").splitlines()
     found = (re.search(r"(\w+<[^<>(]*>)\(", line) for line in lines)
     return {s: name[1] if name else s for s, name in zip(symbols, found, strict=True)}
 

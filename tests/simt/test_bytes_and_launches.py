@@ -71,11 +71,15 @@ def traffic(seen: build.Counts) -> Traffic:
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_steps_read_and_write_each_element_once(variant: Variant, dtype: torch.dtype) -> None:
     build.load()
-    planned = Planned(variant, random_tensors(variant.rule, SIZES, dtype), on_device=False)
+    tensors = random_tensors(variant.rule, SIZES, dtype)
+    planned = Planned(variant, tensors, on_device=False)
     planned.step()
     seen = counts(planned.step)
     assert traffic(seen) == least(variant, dtype)
     assert seen.uploaded == 0
+    seen = counts(partial(variant.by_lists, tensors))
+    assert traffic(seen) == least(variant, dtype)
+    assert seen.uploaded == 8 * planned.plan.table.numel() + 4 * planned.plan.chunks.numel()
 
 
 @pytest.mark.parametrize("step_dtype", [torch.float32, torch.float64], ids=str)
