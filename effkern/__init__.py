@@ -6,13 +6,28 @@ norm = effkern.nn.RMSNorm(768)                                  # for torch.nn.R
 
 from effkern import nn
 from effkern.backends.choice import BackendStatus, backends, use_backend
-from effkern.optim import FusedAdam, FusedAdamW
+from effkern.optim import (
+    FusedAdadelta,
+    FusedAdagrad,
+    FusedAdam,
+    FusedAdamW,
+    FusedLAMB,
+    FusedLion,
+    FusedRMSprop,
+    FusedSGD,
+)
 from effkern.version import __version__
 
 __all__ = [
     "BackendStatus",
+    "FusedAdadelta",
+    "FusedAdagrad",
     "FusedAdam",
     "FusedAdamW",
+    "FusedLAMB",
+    "FusedLion",
+    "FusedRMSprop",
+    "FusedSGD",
     "__version__",
     "backends",
     "nn",

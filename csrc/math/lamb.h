@@ -24,7 +24,7 @@ struct Lamb {
 
   template <class S>
   struct Scalars {
-    S lr, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, sign;
+    S lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, sign;
     S rbias1;       // 1 / (1 - beta1^t)
     S rsqrt_bias2;  // 1 / sqrt(1 - beta2^t)
   };
@@ -33,6 +33,7 @@ struct Lamb {
   EFFKERN_MEMBER Scalars<S> scalars(double lr, double t) const {
     Scalars<S> s;
     s.lr = static_cast<S>(lr);
+    s.beta1 = static_cast<S>(beta1);
     s.one_minus_beta1 = static_cast<S>(1.0 - beta1);
     s.beta2 = static_cast<S>(beta2);
     s.one_minus_beta2 = static_cast<S>(1.0 - beta2);
@@ -49,7 +50,7 @@ struct Lamb {
   EFFKERN_INLINE void advance(V grad, V (&state)[kMostStates], const Scalars<S>& s) {
     grad = grad * s.sign;
     V &exp_avg = state[0], &exp_avg_sq = state[1];
-    exp_avg = exp_avg + (grad - exp_avg) * s.one_minus_beta1;
+    exp_avg = exp_avg * s.beta1 + grad * s.one_minus_beta1;
     exp_avg_sq = exp_avg_sq * s.beta2 + grad * grad * s.one_minus_beta2;
   }
 
@@ -64,8 +65,9 @@ struct Lamb {
 
 // From the sums of squares of all elements.
 EFFKERN_INLINE double trust_ratio(double param_squares, double direction_squares) {
-  return param_squares > 0.0 && direction_squares > 0.0 ? ::sqrt(param_squares / direction_squares)
-                                                        : 1.0;
+  return param_squares == 0.0 || direction_squares == 0.0
+             ? 1.0
+             : ::sqrt(param_squares) / ::sqrt(direction_squares);
 }
 
 }  // namespace effkern

@@ -23,7 +23,7 @@ struct Lion {
 
   template <class S>
   struct Scalars {
-    S lr, shrink, one_minus_beta1, one_minus_beta2, sign;
+    S lr, shrink, beta1, one_minus_beta1, beta2, one_minus_beta2, sign;
   };
 
   template <class S>
@@ -31,7 +31,9 @@ struct Lion {
     Scalars<S> s;
     s.lr = static_cast<S>(lr);
     s.shrink = static_cast<S>(1.0 - lr * weight_decay);
+    s.beta1 = static_cast<S>(beta1);
     s.one_minus_beta1 = static_cast<S>(1.0 - beta1);
+    s.beta2 = static_cast<S>(beta2);
     s.one_minus_beta2 = static_cast<S>(1.0 - beta2);
     s.sign = static_cast<S>(maximize ? -1.0 : 1.0);
     return s;
@@ -41,8 +43,8 @@ struct Lion {
   EFFKERN_INLINE void update(V& param, V grad, V (&state)[kMostStates], const Scalars<S>& s) {
     grad = grad * s.sign;
     V& exp_avg = state[0];
-    const V toward = exp_avg + (grad - exp_avg) * s.one_minus_beta1;
-    exp_avg = exp_avg + (grad - exp_avg) * s.one_minus_beta2;
+    const V toward = exp_avg * s.beta1 + grad * s.one_minus_beta1;
+    exp_avg = exp_avg * s.beta2 + grad * s.one_minus_beta2;
     param = param * s.shrink - sign_of(toward) * s.lr;
   }
 };

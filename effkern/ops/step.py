@@ -96,9 +96,7 @@ adadelta = RuleOps(
     ("square_avgs", "acc_deltas"),
     "float rho, float eps, float weight_decay, bool maximize",
 )
-lion = RuleOps(
-    "lion", ("exp_avgs",), "float beta1, float beta2, float weight_decay, bool maximize"
-)
+lion = RuleOps("lion", ("exp_avgs",), "float beta1, float beta2, float weight_decay, bool maximize")
 lamb = RuleOps(
     "lamb",
     ("exp_avgs", "exp_avg_sqs"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from effkern.ops import adam as _ops
+from effkern.ops import step as _ops
+from effkern.optim.arguments import check_lr, check_not_negative, checked_betas
 from effkern.optim.fused import FusedOptimizer
 
 __all__ = ["FusedAdam", "FusedAdamW"]
@@ -18,7 +18,8 @@ class FusedAdam(FusedOptimizer):
 
     Adam as in Kingma and Ba (2015), Algorithm 1; with ``decoupled_weight_decay`` as in Loshchilov
     and Hutter (2019), Algorithm 2; with ``amsgrad`` as in Reddi et al. (2018). Parameters may be
-    float32, float64, bfloat16 or float16; the arithmetic is in float32, float64 for float64.
+    float32, float64, bfloat16, float16, complex64 or complex128 (as two real numbers each, as in
+    torch.optim); the arithmetic is in float32, float64 for float64.
 
     Args:
         params: parameters, named parameters or parameter groups, as every
@@ -30,20 +31,21 @@ class FusedAdam(FusedOptimizer):
         amsgrad: divide by the largest running mean of squares so far.
         decoupled_weight_decay: AdamW: decay the parameter instead of adding to its gradient.
         maximize: ascend instead of descend.
-        capturable: False; a step inside a captured CUDA graph is not supported.
+        capturable: count steps beside the parameters, so that a CUDA graph may hold the step.
         adam_w_mode: Apex's name of ``decoupled_weight_decay``; overrides it where given.
+        bias_correction: Apex's: False uses the running means as they are.
+        set_grad_none: Apex's: what ``zero_grad`` does without an argument; None is torch's way.
         foreach, fused: accepted and ignored.
         differentiable: False; a step is not differentiable.
 
     Raises:
         ValueError: for an argument out of range, as torch.optim.Adam.
-        RuntimeError: for ``capturable=True`` or ``differentiable=True``; from ``step`` for a
-            parameter, gradient or state that the kernels do not take.
+        RuntimeError: for ``differentiable=True``; from ``step`` for a parameter, gradient or state
+            that the kernels do not take.
     """
 
-    _from_lists = _ops.from_lists
-    _from_plan = _ops.from_plan
-    _scheduled = staticmethod(_ops.scheduled)
+    _rule = _ops.adam
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -58,22 +60,18 @@ class FusedAdam(FusedOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         adam_w_mode: bool | None = None,
+        bias_correction: bool = True,
+        set_grad_none: bool | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
     ) -> None:
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not lr >= 0.0:
-            raise ValueError(f"Invalid learning rate: {lr}")
-        if not eps >= 0.0:
-            raise ValueError(f"Invalid epsilon value: {eps}")
-        betas = (float(betas[0]), float(betas[1]))
-        for i, beta in enumerate(betas):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        if not weight_decay >= 0.0:
-            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+        check_lr(lr)
+        check_not_negative("epsilon value", eps)
+        betas = checked_betas(betas)
+        check_not_negative("weight_decay value", weight_decay)
+        if adam_w_mode is not None:
+            decoupled_weight_decay = adam_w_mode
         super().__init__(
             params,
             {
@@ -87,29 +85,25 @@ class FusedAdam(FusedOptimizer):
                 "capturable": capturable,
                 "differentiable": differentiable,
                 "fused": fused,
-                "decoupled_weight_decay": decoupled_weight_decay
-                if adam_w_mode is None
-                else adam_w_mode,
+                "decoupled_weight_decay": decoupled_weight_decay,
             },
         )
+        if not bias_correction:  # a key of its own only where Apex's option is used
+            self.defaults["bias_correction"] = False
+            for group in self.param_groups:
+                group.setdefault("bias_correction", False)
+        self._set_grad_none = set_grad_none
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, default in (
-                ("amsgrad", False),
-                ("maximize", False),
-                ("decoupled_weight_decay", False),
-            ):
-                group.setdefault(name, default)
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Reset all gradients, to None unless ``set_to_none`` or ``set_grad_none`` is False."""
+        if set_to_none is None:
+            set_to_none = getattr(self, "_set_grad_none", None) is not False
+        super().zero_grad(set_to_none)
 
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return _AMSGRAD_STATES if group["amsgrad"] else _STATES
+    def _states(self, group: dict[str, Any]) -> tuple[str | None, ...]:
+        return "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else None
 
-    def _list_arguments(self, states: Sequence[list[Tensor]]) -> list[list[Tensor]]:
-        return [*states] if len(states) == len(_AMSGRAD_STATES) else [*states, []]
-
-    def _scalars(self, group: dict[str, Any]) -> dict[str, Any]:
+    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
         return {
             "beta1": float(beta1),
@@ -119,11 +113,8 @@ class FusedAdam(FusedOptimizer):
             "decoupled": bool(group["decoupled_weight_decay"]),
             "amsgrad": bool(group["amsgrad"]),
             "maximize": bool(group["maximize"]),
+            "bias_correction": bool(group.get("bias_correction", True)),
         }
-
-
-_STATES = ("exp_avg", "exp_avg_sq")
-_AMSGRAD_STATES = (*_STATES, "max_exp_avg_sq")
 
 
 class FusedAdamW(FusedAdam):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from effkern.ops.plan import put_gradients_
-from effkern.optim.layout import is_dense, laid_out_like
+from effkern.optim.layout import as_real, is_dense, laid_out_like
 from effkern.optim.plan import Plan
 
 
@@ -22,8 +22,9 @@ class PlannedCall:
     Args:
         kernel: the op on plans.
         params: of one dtype and device; no two share memory.
-        states: for each kind of state, one dense tensor per parameter.
-        steps: one step counter per parameter.
+        states: for each list of states that the kernel takes, one dense tensor per parameter, or
+            none.
+        steps: one step counter per parameter, or none.
         on_cpu: whether the CPU library runs it.
     """
 
@@ -39,7 +40,9 @@ class PlannedCall:
         self._dense = [p if is_dense(p) else torch.empty_like(p) for p in params]
         self._copied = [(d, p) for d, p in zip(self._dense, params, strict=True) if d is not p]
         self._places = [_place(p) for _, p in self._copied]
-        self._plan = Plan(self._dense, states, steps, on_cpu)
+        self._complex = params[0].is_complex()
+        reals = [list(map(as_real, tensors)) for tensors in (self._dense, *states)]
+        self._plan = Plan(reals[0], reals[1:], steps, on_cpu)
         self._moved = False
 
     def accept(self, grads: list[Tensor]) -> list[Tensor] | None:
@@ -54,33 +57,38 @@ class PlannedCall:
         """
         if [_place(p) for _, p in self._copied] != self._places:
             return None
-        if not self._put(grads):
-            dense = zip(grads, self._dense, strict=True)
-            grads = [laid_out_like(_materialized(grad), like) for grad, like in dense]
-            if not self._put(grads):
+        params = self._dense
+        if self._complex:
+            if not all(t.is_complex() for t in (*params, *grads)):
+                return None
+            params, grads = list(map(as_real, params)), list(map(as_real, grads))
+        if not self._put(params, grads):
+            pairs = zip(grads, params, strict=True)
+            grads = [laid_out_like(_materialized(grad), like) for grad, like in pairs]
+            if not self._put(params, grads):
                 return None
         return grads
 
-    def run(self, grads: list[Tensor], scalars: dict[str, Any]) -> None:
+    def run(self, grads: list[Tensor], keywords: dict[str, Any]) -> None:
         """Update the parameters.
 
         Args:
             grads: what `accept` gave.
-            scalars: the kernel's keyword arguments.
+            keywords: the kernel's keyword arguments.
         """
         for dense, param in self._copied:
             dense.copy_(param)
         plan = self._plan
         self._kernel(
-            plan.table, plan.device_table, plan.chunks, plan.layouts, self._moved, **scalars
+            plan.table, plan.device_table, plan.chunks, plan.layouts, self._moved, **keywords
         )
         self._moved = False
         for dense, param in self._copied:
             param.copy_(dense)
 
-    def _put(self, grads: list[Tensor]) -> bool:
+    def _put(self, params: list[Tensor], grads: list[Tensor]) -> bool:
         plan = self._plan
-        changed = put_gradients_(plan.table, plan.device_table, plan.layouts, self._dense, grads)
+        changed = put_gradients_(plan.table, plan.device_table, plan.layouts, params, grads)
         self._moved = self._moved or changed > 0
         return changed >= 0
 
@@ -88,11 +96,7 @@ class PlannedCall:
 class ListedCall:
     """A call by lists of tensors, for the reference backend: any strides, one after another.
 
-    Args:
-        kernel: the op on lists.
-        params: of one dtype and device.
-        states: all lists of state tensors that the kernel takes.
-        steps: one step counter per parameter.
+    Args: as those of `PlannedCall`, with the op on lists.
     """
 
     def __init__(
@@ -103,7 +107,8 @@ class ListedCall:
         steps: Sequence[Tensor],
     ) -> None:
         self._kernel = kernel
-        self._params, self._states, self._steps = params, states, steps
+        self._params, self._steps = params, steps
+        self._states = [list(map(as_real, tensors)) for tensors in states]
         self._places = list(map(_place, params))
 
     def accept(self, grads: list[Tensor]) -> list[Tensor] | None:
@@ -111,9 +116,10 @@ class ListedCall:
         alike = list(map(_kind, grads)) == list(map(_kind, self._params))
         return grads if alike and list(map(_place, self._params)) == self._places else None
 
-    def run(self, grads: list[Tensor], scalars: dict[str, Any]) -> None:
+    def run(self, grads: list[Tensor], keywords: dict[str, Any]) -> None:
         """As `PlannedCall.run`."""
-        self._kernel(self._params, grads, *self._states, self._steps, **scalars)
+        params, grads = list(map(as_real, self._params)), list(map(as_real, grads))
+        self._kernel(params, grads, *self._states, self._steps, **keywords)
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:

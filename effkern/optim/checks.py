@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from effkern.backends.table import DTYPES
 
+_COMPLEX = (torch.complex64, torch.complex128)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -25,19 +27,23 @@ def check_param(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> N
     """Refuse a parameter that the kernels cannot update.
 
     Raises:
-        RuntimeError: if its dtype is none of `DTYPES`, its layout is not strided, its elements
-            share memory, it is a view whose memory holds it negated, or a subclass that wraps
-            other tensors.
+        RuntimeError: if its dtype is none of `DTYPES` and no complex of two of them, its layout is
+            not strided, its elements share memory, it is a view whose memory holds it negated or
+            conjugated, or a subclass that wraps other tensors.
     """
     problem = ""
-    if param.dtype not in DTYPES:
-        problem = f"must be float32, float64, bfloat16 or float16, got {param.dtype}"
+    if param.dtype not in DTYPES and param.dtype not in _COMPLEX:
+        problem = (
+            "must be float32, float64, bfloat16, float16, complex64 or complex128, "
+            f"got {param.dtype}"
+        )
     elif param.layout != torch.strided:
         problem = f"must be a dense tensor, got layout {param.layout}"
     elif type(param) not in _PLAIN and is_traceable_wrapper_subclass(param):
         problem = f"must be a plain tensor, got {type(param).__name__}, which wraps others"
-    elif not torch.compiler.is_compiling() and param.is_neg():  # which Dynamo cannot trace
-        problem = "must not be a negated view of its memory"
+    elif not torch.compiler.is_compiling() and (param.is_neg() or param.is_conj()):
+        # Dynamo cannot trace the question.
+        problem = "must not be a negated or conjugated view of its memory"
     elif 0 in param.stride() and torch._debug_has_internal_overlap(param) == 1:
         problem = (
             "must have memory of its own for each element, got an expanded tensor of strides "
@@ -76,7 +82,7 @@ def check_grad(optimizer: Optimizer, group: dict[str, Any], param: Tensor, grad:
 
 
 def check_state(
-    optimizer: Optimizer, group: dict[str, Any], param: Tensor, names: tuple[str, ...]
+    optimizer: Optimizer, group: dict[str, Any], param: Tensor, names: Sequence[str | None]
 ) -> None:
     """Refuse state, from a loaded state_dict say, that does not fit its parameter.
 
@@ -89,7 +95,7 @@ def check_state(
         return
     shape = param.shape
     for name in names:
-        value = state.get(name)
+        value = None if name is None else state.get(name)
         if value is not None and (not isinstance(value, Tensor) or value.shape != shape):
             has = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise RuntimeError(

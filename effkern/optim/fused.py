@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from effkern.ops._declare import Family
+from effkern.ops.step import RuleOps
 from effkern.optim.checks import check_grad, check_param, check_state
 from effkern.optim.prepared import Prepared
 from effkern.optim.state import complete, step_counter
@@ -20,46 +20,74 @@ class FusedOptimizer(Optimizer):
     """A `torch.optim.Optimizer` that updates all parameters of a group in one kernel call.
 
     One call for each dtype and device, to be exact. A subclass is one update rule: it names the
-    kernel ops and says which state tensors a group keeps and which scalars its step takes.
+    kernel ops and says which state tensors a group keeps and which options its step takes.
     """
 
-    #: The rule's kernel op on lists of tensors, on a plan, and on lists with lr in a tensor.
-    _from_lists: Family
-    _from_plan: Family
-    _scheduled: Callable[..., None]
+    _rule: ClassVar[RuleOps]
+
+    #: Whether a parameter's state holds the number of its steps.
+    _keeps_step: ClassVar[bool] = True
+
+    _prepared: Prepared | None
+
+    # Set by torch.amp.GradScaler for the time of a step.
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        kind = type(self).__name__
         if defaults["differentiable"]:
             raise RuntimeError(
-                f"{kind} does not support differentiable=True: its step runs in fused kernels"
+                f"{type(self).__name__} does not support differentiable=True: its step runs in "
+                "fused kernels"
             )
-        if defaults["capturable"]:
-            raise RuntimeError(
-                f"{kind} does not support capturable=True: its step counters are on the host"
-            )
-        self._prepared: Prepared | None = None
+        self._prepared = None
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._prepared = None
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+            steps = group.pop("step", None)  # Apex counts once for the group
+            for param in group["params"] if steps is not None else ():
+                if self.state.get(param):
+                    self.state[param].setdefault("step", steps)
         for of_param in self.state.values():
-            # PyTorch before 1.12 kept step as a number.
+            # PyTorch before 1.12 kept step as a number, and so does Apex.
             if isinstance(of_param.get("step"), (int, float)):
                 of_param["step"] = step_counter(of_param["step"])
 
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """The keys of a parameter's state tensors, in the order of the kernel's arguments."""
+    # ---- what a rule says of itself ----
+
+    def _states(self, group: dict[str, Any]) -> tuple[str | None, ...]:
+        """For each list of states that the kernel takes, their key in a parameter's state.
+
+        None for a list that the group's options leave empty.
+        """
         raise NotImplementedError
 
-    def _scalars(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The keyword arguments of the kernel, without ``lr``."""
+    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of the kernel that are the rule's own."""
         raise NotImplementedError
 
-    def _list_arguments(self, states: Sequence[list[Tensor]]) -> list[list[Tensor]]:
-        """The states as the op on lists takes them: an empty list for a kind that is not kept."""
-        raise NotImplementedError
+    def _initial(self, group: dict[str, Any]) -> float:
+        """What a new state is filled with."""
+        return 0.0
+
+    def _counters(
+        self, group: dict[str, Any], params: Sequence[Tensor], new: Sequence[bool]
+    ) -> list[Tensor]:
+        """The step counters of parameters whose states are made; empty where none is kept.
+
+        Args:
+            group: theirs.
+            params: the parameters.
+            new: for each, whether its states were made just now.
+        """
+        return [self.state[param]["step"] for param in params] if self._keeps_step else []
+
+    # ---- the step ----
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -85,12 +113,17 @@ class FusedOptimizer(Optimizer):
             self._step_eagerly()
         return loss
 
+    def _counts_on_device(self, group: dict[str, Any]) -> bool:
+        """Whether step counters stand beside the parameters rather than on the host."""
+        return bool(group.get("capturable")) or self._scaling() != (None, None)
+
+    def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients' scale, and whether one of them is infinite, while a GradScaler steps."""
+        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+
     def _step_eagerly(self) -> None:
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{type(self).__name__} cannot step while a CUDA graph is captured: its step "
-                "counters are on the host"
-            )
+            self._check_capturable()
         prepared = self._prepared
         accepted = None if prepared is None else self._accept(prepared)
         if prepared is None or accepted is None:
@@ -115,6 +148,13 @@ class FusedOptimizer(Optimizer):
                 if param.grad is not None:
                     check_grad(self, group, param, param.grad)
 
+    def _check_capturable(self) -> None:
+        if not all(group.get("capturable") for group in self.param_groups):
+            raise RuntimeError(
+                f"{type(self).__name__} can step while a CUDA graph is captured only with "
+                "capturable=True: without it step counters are on the host"
+            )
+
     # ---- the compiled step ----
 
     def _init_group(
@@ -130,20 +170,19 @@ class FusedOptimizer(Optimizer):
         Dynamo knows this method by its name: it runs it once, outside the graph, and takes what it
         lists as inputs of the graph.
         """
-        names = self._state_names(group)
+        names = self._states(group)
         chosen = [param for param in group["params"] if param.grad is not None]
         for param in chosen:
             check_param(self, group, param)
             check_grad(self, group, param, param.grad)
             check_state(self, group, param, names)
-        for param in chosen:
-            state = self.state[param]
-            complete(state, param, names)
-            params.append(param)
-            grads.append(param.grad)
-            steps.append(state["step"])
-            for name, tensors in zip(names, states, strict=True):
-                tensors.append(state[name])
+        new = [complete(self, group, param, names) for param in chosen]
+        params += chosen
+        grads += [param.grad for param in chosen]
+        steps += self._counters(group, chosen, new)
+        for name, tensors in zip(names, states, strict=True):
+            if name is not None:
+                tensors += [self.state[param][name] for param in chosen]
 
     # Under another name Dynamo traces it like any method: slower to compile, but it may then
     # follow a backward in the same graph.
@@ -153,7 +192,7 @@ class FusedOptimizer(Optimizer):
         params: list[Tensor] = []
         grads: list[Tensor] = []
         steps: list[Tensor] = []
-        states: list[list[Tensor]] = [[] for _ in self._state_names(group)]
+        states: list[list[Tensor]] = [[] for _ in self._states(group)]
         if getattr(torch._dynamo.config, "trace_autograd_ops", False):
             self._init_group_in_graph(group, params, grads, steps, *states)
         else:

@@ -49,6 +49,11 @@ def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
     ).copy_(tensor)
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a view of a complex one with a last dimension of two real numbers."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def share_memory(tensors: Sequence[Tensor]) -> bool:
     """Whether the stretches of memory that these tensors span have any byte in common.
 

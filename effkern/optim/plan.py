@@ -19,19 +19,21 @@ class Plan:
 
     Args:
         params: of one dtype and device, each dense in memory.
-        states: for each kind of state, one tensor per parameter, of the parameter's dtype, device,
-            shape and order of memory.
-        steps: one number per parameter, CPU tensors, all float32 or all float64.
+        states: for each list of states that the kernel takes, one tensor per parameter, of the
+            parameter's dtype, device, shape and order of memory; an empty list for one that is
+            not kept.
+        steps: one number per parameter, all float32 or all float64, all on the CPU or all beside
+            the parameters; none at all where steps are not counted.
         on_cpu: whether the CPU library will run it, which reads ``table`` in place and cuts the
             work by itself.
 
     Attributes:
-        table: int64 (parameters, 8) on the CPU: a row of addresses for each parameter. The
+        table: int64 (parameters, `COLUMNS`) on the CPU: a row of addresses for each parameter. The
             gradients' are filled in at each step.
         device_table: the same on the parameters' device; ``table`` itself with ``on_cpu``.
         chunks: int32 (blocks, 2) on the parameters' device: what each block of GPU work does; no
             blocks with ``on_cpu``.
-        layouts: int64, what each gradient must look like.
+        layouts: int64, what each parameter and gradient must look like.
     """
 
     def __init__(
@@ -46,10 +48,12 @@ class Plan:
         self.table[:, NUMEL] = int64([p.numel() for p in params])
         self.table[:, PARAM] = addresses(params)
         for i, state in enumerate(states):
-            self.table[:, STATE0 + i] = addresses(state)
-        self.table[:, STEP] = addresses(steps)
+            if state:
+                self.table[:, STATE0 + i] = addresses(state)
+        if steps:
+            self.table[:, STEP] = addresses(steps)
 
-        layouts = [DTYPES.index(params[0].dtype), int(steps[0].dtype == torch.float64)]
+        layouts = [DTYPES.index(params[0].dtype), _code_of(steps)]
         for p in params:
             layouts += [p.dim(), *p.shape, *p.stride()]
         self.layouts = int64(layouts)
@@ -63,9 +67,19 @@ class Plan:
             self.chunks = _chunks(self.table[:, NUMEL]).to(device)
 
 
+def _code_of(steps: Sequence[Tensor]) -> int:
+    """What counters are made of and where they are, as ``Steps`` of csrc/torch/multi_tensor.h."""
+    if not steps:
+        return 0
+    return int(steps[0].dtype == torch.float64) + 2 * (not steps[0].is_cpu)
+
+
 def _chunks(numels: Tensor) -> Tensor:
-    """(tensor, index of a stretch of `CHUNK` elements in it) for each stretch of each tensor."""
-    counts = (numels + CHUNK - 1) // CHUNK
+    """(tensor, index of a stretch of `CHUNK` elements in it) for each stretch of each tensor.
+
+    An empty tensor has one too, which counts its step.
+    """
+    counts = ((numels + CHUNK - 1) // CHUNK).clamp_min(1)
     tensor = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), counts)
     first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     index = torch.arange(len(tensor), device="cpu") - first

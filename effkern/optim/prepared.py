@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
@@ -15,6 +15,7 @@ from effkern.backends import choice
 from effkern.optim.calls import ListedCall, PlannedCall
 from effkern.optim.checks import check_grad, check_param, check_state
 from effkern.optim.layout import share_memory
+from effkern.optim.scaling import step_keywords
 from effkern.optim.state import complete, create
 from effkern.optim.watch import Watch
 
@@ -33,8 +34,8 @@ class Prepared:
     what may have happened since                    what notices
     ==============================================  ============================================
     a group or a parameter added, removed, moved    the groups and their parameters, by identity
-    amsgrad switched                                the names of each group's states
-    another backend chosen                          the choice itself
+    amsgrad switched, another backend chosen, step  what `_asked` says
+    counters wanted beside the parameters
     a parameter got its first gradient, or has      the gradients of the others are still None;
     none any more                                   the types of these are what they were
     state loaded, cleared, replaced, an entry       the values of ``optimizer.state`` and the
@@ -64,13 +65,13 @@ class Prepared:
         groups = optimizer.param_groups
         self._groups = list(groups)
         self._members = [list(group["params"]) for group in groups]
-        self._names = [optimizer._state_names(group) for group in groups]
-        self._choice = choice.requested()
+        self._asked = _asked(optimizer)
         self._params: list[Tensor] = []
         self._idle: list[Tensor] = []
         of_group: list[list[Tensor]] = []
-        for group, names in zip(groups, self._names, strict=True):
+        for group in groups:
             of_group.append([])
+            names = optimizer._states(group)
             for param in group["params"]:
                 if param.grad is None:
                     self._idle.append(param)
@@ -83,27 +84,40 @@ class Prepared:
         backends = {kind: choice.serving(kind) for kind in {p.device.type for p in self._params}}
 
         # Nothing is refused from here on.
-        self._holders = []
+        self._holders: list[tuple[list[str], list[dict[str, Any]]]] = []
         entries: list[Tensor] = []
+        private: list[Tensor] = []  # counters that stand in no state
         self._calls: list[_Call] = []
-        for group, names, params in zip(groups, self._names, of_group, strict=True):
-            states = [optimizer.state[param] for param in params]
-            new = [(s, p) for s, p in zip(states, params, strict=True) if not s]
-            create([s for s, _ in new], [p for _, p in new], names)
-            for param, state in zip(params, states, strict=True):
-                complete(state, param, names)
-            self._holders.append((itemgetter(*names, "step"), states))
-            entries += [state[name] for state in states for name in (*names, "step")]
+        for group, params in zip(groups, of_group, strict=True):
+            names = optimizer._states(group)
+            fresh = [param for param in params if not optimizer.state.get(param)]
+            create(optimizer, group, fresh)
+            completed = [complete(optimizer, group, param, names) for param in params]
+            first_time = set(map(id, fresh))
+            new = [
+                made or id(param) in first_time
+                for made, param in zip(completed, params, strict=True)
+            ]
+            steps = optimizer._counters(group, params, new)
+            keys = [name for name in names if name is not None]
+            if optimizer._keeps_step:
+                keys.append("step")
+            else:
+                private += steps
+            if keys:
+                states = [optimizer.state[param] for param in params]
+                self._holders.append((keys, states))
+                entries += [state[key] for state in states for key in keys]
+            lists = [[optimizer.state[p][n] for p in params] if n else [] for n in names]
             first = sum(len(call.which) for call in self._calls)
-            self._calls += _calls(optimizer, group, names, params, states, backends, first)
+            self._calls += _calls(optimizer, group, params, lists, steps, backends, first)
 
         self._grad_types = {type(param.grad) for param in self._params}
         self._states = list(optimizer.state.values())
         self._entries = entries
-        self._watch = Watch(entries)
+        self._watch = Watch([*entries, *private])
         written = [*self._params, *entries]
-        # Tensors made in inference mode have no version counters,
-        # and a view shares its base's.
+        # Tensors made in inference mode have no version counters, and a view shares its base's.
         versioned = {id(t): t for t in map(_counted_by, written) if not t.is_inference()}
         self._versioned = list(versioned.values())
 
@@ -120,8 +134,7 @@ class Prepared:
         if (
             not _same(groups, self._groups)
             or not all(map(_same, map(itemgetter("params"), groups), self._members))
-            or [optimizer._state_names(group) for group in groups] != self._names
-            or choice.requested() != self._choice
+            or _asked(optimizer) != self._asked
         ):
             return None
         grads = list(map(_grad, self._params))
@@ -146,7 +159,7 @@ class Prepared:
         if not _same(state.values(), self._states):
             return False
         try:
-            entries = chain.from_iterable(chain.from_iterable(map(g, h)) for g, h in self._holders)
+            entries = chain.from_iterable(_values(keys, of) for keys, of in self._holders)
             if not all(map(is_, entries, self._entries)):
                 return False
         except KeyError:
@@ -160,21 +173,19 @@ class Prepared:
             optimizer: the one this was made for.
             accepted: what `accept` gave.
         """
-        scalars = [
-            {"lr": float(call.group["lr"]), **optimizer._scalars(call.group)}
-            for call in self._calls
-        ]
+        keywords = [step_keywords(optimizer, call.group, call.device) for call in self._calls]
         # Before the kernels, which drive PyTorch's records of the tensors out of the caches.
         torch.autograd.graph.increment_version(self._versioned)
-        for call, grads, arguments in zip(self._calls, accepted, scalars, strict=True):
+        for call, grads, arguments in zip(self._calls, accepted, keywords, strict=True):
             call.kernel.run(grads, arguments)
 
 
 @dataclass
 class _Call:
-    """One kernel call, of what group it is, and which of all gradients it takes."""
+    """One kernel call, where it is run, of what group it is, and which gradients it takes."""
 
     kernel: PlannedCall | ListedCall
+    device: torch.device
     group: dict[str, Any]
     which: list[int]
 
@@ -182,39 +193,53 @@ class _Call:
 def _calls(
     optimizer: FusedOptimizer,
     group: dict[str, Any],
-    names: tuple[str, ...],
     params: list[Tensor],
-    states: list[dict[str, Any]],
+    lists: list[list[Tensor]],
+    steps: list[Tensor],
     backends: dict[str, str],
     first: int,
 ) -> list[_Call]:
     """The calls for one group, whose first gradient is number ``first`` of all."""
     by_kind: dict[Any, list[int]] = {}
-    for i, (param, state) in enumerate(zip(params, states, strict=True)):
-        kind = (param.device, param.dtype, state["step"].dtype)
-        by_kind.setdefault(kind, []).append(i)
+    for i, param in enumerate(params):
+        counter = (steps[i].dtype, steps[i].device) if steps else None
+        by_kind.setdefault((param.device, param.dtype, counter), []).append(i)
     calls = []
     for which in by_kind.values():
-        backend = backends[params[which[0]].device.type]
+        device = params[which[0]].device
+        backend = backends[device.type]
         # Parameters that share memory, or are listed twice, are updated one after another.
-        apart = backend != "reference" and share_memory(
-            [params[i] for i in which]
-            + [states[i][name] for i in which for name in (*names, "step")]
-        )
+        written = [params, *filter(None, lists), *filter(None, [steps])]
+        apart = backend != "reference" and share_memory([one[i] for one in written for i in which])
         for part in [[i] for i in which] if apart else [which]:
             chosen = [params[i] for i in part]
-            of_name = [[states[i][name] for i in part] for name in names]
-            steps = [states[i]["step"] for i in part]
+            states = [[one[i] for i in part] if one else [] for one in lists]
+            counters = [steps[i] for i in part] if steps else []
             kernel: PlannedCall | ListedCall
             if backend == "reference":
                 with choice.use_backend(backend):
-                    (op,) = optimizer._from_lists(chosen[0])
-                kernel = ListedCall(op, chosen, optimizer._list_arguments(of_name), steps)
+                    (op,) = optimizer._rule.from_lists(chosen[0])
+                kernel = ListedCall(op, chosen, states, counters)
             else:
-                (op,) = optimizer._from_plan(chosen[0])
-                kernel = PlannedCall(op, chosen, of_name, steps, on_cpu=backend == "cpu")
-            calls.append(_Call(kernel, group, [first + i for i in part]))
+                (op,) = optimizer._rule.from_plan(chosen[0])
+                kernel = PlannedCall(op, chosen, states, counters, on_cpu=backend == "cpu")
+            calls.append(_Call(kernel, device, group, [first + i for i in part]))
     return calls
+
+
+def _asked(optimizer: FusedOptimizer) -> tuple[Any, ...]:
+    """What the calls depend on that is no tensor."""
+    return (
+        choice.requested(),
+        [optimizer._states(group) for group in optimizer.param_groups],
+        [optimizer._counts_on_device(group) for group in optimizer.param_groups],
+    )
+
+
+def _values(keys: list[str], states: list[dict[str, Any]]) -> Iterable[Any]:
+    """The values at ``keys`` of each state, one state after another."""
+    values = map(itemgetter(*keys), states)
+    return values if len(keys) == 1 else chain.from_iterable(values)
 
 
 def _counted_by(tensor: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from effkern.optim.layout import is_dense, laid_out_like
+from effkern.optim.layout import as_real, is_dense, laid_out_like
+from effkern.optim.scaling import step_keywords
 
 if TYPE_CHECKING:
     from effkern.optim.fused import FusedOptimizer
@@ -28,24 +29,27 @@ def step_lists(
         group: the parameter group.
         params: the parameters that have a gradient.
         grads: their gradients.
-        steps: their step counters.
-        states: for each kind of state, a list of one tensor per parameter.
+        steps: their step counters; empty where none is kept.
+        states: for each list that the kernel takes, one tensor per parameter, or none.
     """
     by_kind: dict[Any, list[int]] = {}
-    for i, (param, step) in enumerate(zip(params, steps, strict=True)):
-        by_kind.setdefault((param.device, param.dtype, step.dtype), []).append(i)
-    lr, scalars = group["lr"], optimizer._scalars(group)
+    for i, param in enumerate(params):
+        counter = (steps[i].dtype, steps[i].device) if steps else None
+        by_kind.setdefault((param.device, param.dtype, counter), []).append(i)
     for which in by_kind.values():
         chosen = [params[i] for i in which]
         dense = [p if is_dense(p) else torch.empty_like(p).copy_(p) for p in chosen]
         alike = [laid_out_like(grads[i], d) for i, d in zip(which, dense, strict=True)]
-        of_name = [[state[i] for i in which] for state in states]
-        if isinstance(lr, Tensor):
-            kernel = optimizer._scheduled
-        else:
-            (kernel,) = optimizer._from_lists(dense[0])
-        lists = optimizer._list_arguments(of_name)
-        kernel(dense, alike, *lists, [steps[i] for i in which], lr=lr, **scalars)
+        lists = [[as_real(of_kind[i]) for i in which if of_kind] for of_kind in states]
+        counters = [steps[i] for i in which if steps]
+        (kernel,) = optimizer._rule.from_lists(dense[0])
+        kernel(
+            [as_real(d) for d in dense],
+            [as_real(grad) for grad in alike],
+            *lists,
+            counters,
+            **step_keywords(optimizer, group, dense[0].device),
+        )
         for param, updated in zip(chosen, dense, strict=True):
             if updated is not param:
                 param.copy_(updated)

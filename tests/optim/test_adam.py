@@ -12,9 +12,9 @@ from torch.optim import lr_scheduler
 import effkern
 from effkern.backends import native
 from tests.support.backends import Backend
-from tests.support.twins import TORCH_TWIN, Twins
+from tests.support.twins import ADAMS, TORCH_TWIN, Twins
 
-KINDS = pytest.mark.parametrize("kind", TORCH_TWIN, ids=lambda k: k.__name__)
+KINDS = pytest.mark.parametrize("kind", ADAMS, ids=lambda k: k.__name__)
 
 
 def some_params(device: str = "cpu") -> list[torch.Tensor]:

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import effkern
-from tests.support.adam import OPTIONS, by_torch, random_tensors
 from tests.support.twins import Twins
 
 #: aot_eager runs everything of torch.compile but Inductor's code generation.
@@ -201,20 +200,3 @@ def test_a_whole_training_step_in_one_graph(eager_steps: int) -> None:
 
     with torch._dynamo.config.patch(trace_autograd_ops=True):
         torch.testing.assert_close(train(compiled), train(lambda step: step))
-
-
-def test_opcheck_of_the_op_with_lr_in_a_tensor() -> None:
-    tensors = random_tensors([3, (2, 4)])
-    lists = (*tensors.lists()[:4], [], tensors.steps)
-    options = {**OPTIONS, "lr": torch.tensor(0.1)}
-    torch.library.opcheck(torch.ops.effkern._adam_scheduled_.default, lists, options)
-
-
-def test_the_op_with_lr_in_a_tensor() -> None:
-    tensors = random_tensors([3, (2, 4)])
-    exact = tensors.clone(torch.float64)
-    lists = (*tensors.lists()[:4], [], tensors.steps)
-    torch.ops.effkern._adam_scheduled_(*lists, **{**OPTIONS, "lr": torch.tensor(0.125)})
-    by_torch(exact, {**OPTIONS, "lr": 0.125})
-    for mine, theirs in zip(tensors.params, exact.params, strict=True):
-        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-6)

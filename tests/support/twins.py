@@ -7,19 +7,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 import effkern
+from tests.support import oracles
 
 _TOLERANCES = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-6},
     torch.float64: {"rtol": 1e-12, "atol": 1e-13},
+    torch.complex64: {"rtol": 1e-5, "atol": 1e-6},
+    torch.complex128: {"rtol": 1e-12, "atol": 1e-13},
     torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
     torch.float16: {"rtol": 4e-3, "atol": 4e-3},
 }
 
-TORCH_TWIN = {
+TORCH_TWIN: dict[type[Optimizer], type[Optimizer]] = {
     effkern.FusedAdam: torch.optim.Adam,
     effkern.FusedAdamW: torch.optim.AdamW,
+    effkern.FusedSGD: torch.optim.SGD,
+    effkern.FusedAdagrad: torch.optim.Adagrad,
+    effkern.FusedRMSprop: torch.optim.RMSprop,
+    effkern.FusedAdadelta: torch.optim.Adadelta,
+}
+ADAMS = (effkern.FusedAdam, effkern.FusedAdamW)
+
+#: Every class of effkern, with what it must agree with.
+TWIN: dict[type[Optimizer], type[Optimizer]] = {
+    **TORCH_TWIN,
+    effkern.FusedLion: oracles.Lion,
+    effkern.FusedLAMB: oracles.Lamb,
 }
 
 
@@ -35,7 +51,7 @@ class Twins:
     def __init__(
         self,
         params: Sequence[Tensor] | Sequence[dict[str, Any]],
-        kind: type[effkern.FusedAdam] = effkern.FusedAdamW,
+        kind: type[Optimizer] = effkern.FusedAdamW,
         **options: Any,
     ) -> None:
         groups = [dict(g) if isinstance(g, dict) else {"params": [g]} for g in params]
@@ -48,7 +64,7 @@ class Twins:
             ]
         wide = [{**group, "params": [_double(p) for p in group["params"]]} for group in groups]
         self.optimizer = kind(groups, **options)
-        self.twin = TORCH_TWIN[kind](wide, foreach=False, **options)
+        self.twin = TWIN[kind](wide, foreach=False, **options)
         #: A dtype narrower than that of the parameters, where earlier steps were taken in it.
         self.started_in: torch.dtype | None = None
 
@@ -75,8 +91,9 @@ class Twins:
             if which is not None and i not in which:
                 mine.grad = theirs.grad = None
                 continue
-            mine.grad = torch.empty_like(mine).copy_(torch.randn(mine.shape))
-            theirs.grad = mine.grad.to("cpu", torch.float64)
+            random = torch.randn(mine.shape, dtype=_random_dtype(mine))
+            mine.grad = torch.empty_like(mine).copy_(random)
+            theirs.grad = mine.grad.to("cpu", theirs.dtype)
 
     def step(self, which: Sequence[int] | None = None) -> None:
         """New gradients, a step of both, and a comparison."""
@@ -98,16 +115,22 @@ class Twins:
 
     def _assert_close(self, mine: Tensor, theirs: Tensor, what: str) -> None:
         narrowest = min(mine.dtype, self.started_in or mine.dtype, key=lambda d: d.itemsize)
+        wide = theirs.dtype
         torch.testing.assert_close(
-            mine.detach().cpu().double(),
-            theirs.detach().double(),
+            mine.detach().cpu().to(wide),
+            theirs.detach(),
             **_TOLERANCES[narrowest],
             msg=lambda text: f"{what}: {text}",
         )
 
 
+def _random_dtype(param: Tensor) -> torch.dtype:
+    return torch.complex64 if param.is_complex() else torch.float32
+
+
 def _double(param: Tensor) -> torch.nn.Parameter:
     """A float64 copy on the CPU, with the same strides."""
     values = param.detach().cpu()
-    wide = torch.empty_strided(values.shape, values.stride(), dtype=torch.float64)
+    dtype = torch.complex128 if param.is_complex() else torch.float64
+    wide = torch.empty_strided(values.shape, values.stride(), dtype=dtype)
     return torch.nn.Parameter(wide.copy_(values), requires_grad=param.requires_grad)

@@ -156,8 +156,8 @@ def lion(
     """Chen et al. (2023), Algorithm 2."""
     (exp_avg,) = states
     g = _signed_and_decayed(g, p, maximize, 0.0)
-    toward = exp_avg.lerp(g, 1 - beta1)
-    exp_avg = exp_avg.lerp(g, 1 - beta2)
+    toward = beta1 * exp_avg + (1 - beta1) * g
+    exp_avg = beta2 * exp_avg + (1 - beta2) * g
     return p * (1 - lr * weight_decay) - lr * toward.sign(), [exp_avg]
 
 
@@ -177,13 +177,13 @@ def lamb(
     """You et al. (2020), Algorithm 2; the trust ratio is 1 where a norm is 0."""
     exp_avg, exp_avg_sq = states
     g = _signed_and_decayed(g, p, maximize, 0.0)
-    exp_avg = exp_avg.lerp(g, 1 - beta1)
+    exp_avg = beta1 * exp_avg + (1 - beta1) * g
     exp_avg_sq = exp_avg_sq * beta2 + (1 - beta2) * g * g
     r = exp_avg / (1 - beta1**t) / ((exp_avg_sq / (1 - beta2**t)).sqrt() + eps)
     if weight_decay != 0:
         r = r + weight_decay * p
     param_norm, norm = p.norm().item(), r.norm().item()
-    ratio = param_norm / norm if param_norm > 0 and norm > 0 else 1.0
+    ratio = 1.0 if param_norm == 0 or norm == 0 else param_norm / norm
     return p - lr * ratio * r, [exp_avg, exp_avg_sq]
 
 
