@@ -7,8 +7,6 @@ from math import ceil
 import pytest
 import torch
 
-from effkern.backends.triton import multi_tensor
-from effkern.backends.triton.adam import adam_
 from effkern.backends.triton.rms_norm import (
     BACKWARD_ROW_BYTES,
     FORWARD_ROW_BYTES,
@@ -16,67 +14,117 @@ from effkern.backends.triton.rms_norm import (
     rms_norm_forward,
     tile_for,
 )
+from tests.simt.variants import CHUNK, VARIANTS, Variant, blocks_of
+from tests.support.rules import random_tensors
 from tests.triton.interpreter import Counts, counting
-
-#: What a program reads to find its work: two numbers of the chunk, and the tensor's length.
-CHUNK_BYTES, LENGTH_BYTES, ADDRESS_BYTES = 8, 8, 8
+from tests.triton.planned import Planned
 
 DTYPES = [torch.float32, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+variants = pytest.mark.parametrize("variant", VARIANTS, ids=str)
+
+#: Tensors of none, one and two programs' worth of elements.
+SIZES = [5, 0, 1024, CHUNK + 3]
+PROGRAMS = sum(blocks_of(SIZES))
+#: A number in the table, a pair of float64.
+NUMBER, PAIR = 8, 16
 
 
-def adam_step(sizes: list[int], steps: list[float], dtype: torch.dtype, amsgrad: bool) -> Counts:
-    def tensors() -> list[torch.Tensor]:
-        return [torch.rand(size).to(dtype) for size in sizes]
+def taken(variant: Variant, dtype: torch.dtype = torch.float32, **keywords: object) -> Counts:
+    """What a step moves, with counters on the CPU."""
+    return _step(variant, dtype, False, (3.0,), **keywords)
 
-    maxima = tensors() if amsgrad else []
+
+def taken_on_device(variant: Variant, step_dtype: torch.dtype, **keywords: object) -> Counts:
+    """The same with counters on the device."""
+    return _step(variant, torch.float32, True, (3.0,), step_dtype, **keywords)
+
+
+def _step(
+    variant: Variant,
+    dtype: torch.dtype,
+    on_device: bool,
+    steps: tuple[float, ...],
+    step_dtype: torch.dtype = torch.float32,
+    **keywords: object,
+) -> Counts:
+    tensors = random_tensors(variant.rule, SIZES, dtype, steps=steps, step_dtype=step_dtype)
+    planned = Planned(variant, tensors, on_device=on_device)
     with counting() as counts:
-        adam_(
-            tensors(),
-            tensors(),
-            tensors(),
-            tensors(),
-            maxima,
-            [torch.tensor(step) for step in steps],
-            lr=1e-3,
-            beta1=0.9,
-            beta2=0.999,
-            eps=1e-8,
-            weight_decay=1e-2,
-            decoupled=True,
-            amsgrad=amsgrad,
-            maximize=False,
-        )
+        planned.step(**keywords)
     return counts
 
 
+def least(variant: Variant, dtype: torch.dtype) -> Counts:
+    """The least that a step of tensors of `SIZES` can move, counters on the CPU.
+
+    A program reads its two numbers of the chunk, the tensor's length and an address for each list.
+    """
+    elements, states = sum(SIZES) * dtype.itemsize, variant.states
+    program = 8 + NUMBER * (1 + 2 + states)
+    read, written = elements * (2 + states) + PROGRAMS * program, elements * (1 + states)
+    if variant.rule.name != "lamb":
+        return Counts(1, read, written)
+    # The first launch leaves the parameter as it is. Its programs write two sums and read the
+    # tensor's length again; the last one of each tensor finds its neighbours' sums, adds them up
+    # and leaves one number, and a ticket of 0.
+    last = 4 + NUMBER
+    read += PROGRAMS * (PAIR + NUMBER) + len(SIZES) * last
+    written += PROGRAMS * PAIR + len(SIZES) * (4 + NUMBER)
+    # The second reads all but the gradient, and that number.
+    read += elements * (1 + states) + PROGRAMS * (program - NUMBER + 4)
+    return Counts(2, read, written)
+
+
 @dtypes
-@pytest.mark.parametrize("amsgrad", [False, True], ids=["adam", "amsgrad"])
-def test_adam(dtype: torch.dtype, amsgrad: bool) -> None:
+@variants
+def test_steps_read_and_write_each_element_once(variant: Variant, dtype: torch.dtype) -> None:
     """AdamW in float32: 16 bytes read and 12 written an element, and one launch."""
-    sizes = [5, 0, 1024, multi_tensor.CHUNK + 3]
-    counts = adam_step(sizes, [3.0] * len(sizes), dtype, amsgrad)
-    tensors = 5 if amsgrad else 4
-    chunks = sum(ceil(size / multi_tensor.CHUNK) for size in sizes)
-    table = chunks * (CHUNK_BYTES + LENGTH_BYTES + tensors * ADDRESS_BYTES)
-    assert counts == Counts(
-        launches=1,
-        read=tensors * dtype.itemsize * sum(sizes) + table,
-        written=(tensors - 1) * dtype.itemsize * sum(sizes),
-    )
+    assert taken(variant, dtype) == least(variant, dtype)
 
 
-def test_adam_with_parameters_that_joined_late() -> None:
-    """Still one launch; each program reads its tensor's two bias corrections."""
-    sizes = [7, 300]
-    counts = adam_step(sizes, [9.0, 0.0], torch.float32, False)
-    table = 2 * (CHUNK_BYTES + LENGTH_BYTES + 4 * ADDRESS_BYTES)
-    corrections = 2 * (4 + 16)  # the tensor's index, and two float64
-    assert counts == Counts(1, 16 * sum(sizes) + table + corrections, 12 * sum(sizes))
+@variants
+def test_parameters_that_joined_late(variant: Variant) -> None:
+    """No further launch; each program reads its tensor's two numbers where the rule has any."""
+    expected = least(variant, torch.float32)
+    if variant.reads_steps:
+        expected.read += expected.launches * PROGRAMS * (4 + PAIR)
+    assert _step(variant, torch.float32, False, (9.0, 0.0)) == expected
 
 
-def test_adam_without_elements_launches_nothing() -> None:
-    assert adam_step([0, 0], [0.0, 0.0], torch.float32, False) == Counts()
+@pytest.mark.parametrize("step_dtype", [torch.float32, torch.float64], ids=str)
+@variants
+def test_counters_on_the_device_add_their_own_bytes(
+    variant: Variant, step_dtype: torch.dtype
+) -> None:
+    expected = least(variant, torch.float32)
+    # The counter and its address; where it is increased, each program reads the tensor's length
+    # again, and the last one of each tensor the address, to write the counter and a ticket of 0.
+    expected.read += expected.launches * PROGRAMS * (NUMBER + step_dtype.itemsize)
+    expected.read += PROGRAMS * NUMBER + len(SIZES) * NUMBER
+    expected.written += len(SIZES) * (NUMBER + step_dtype.itemsize)
+    assert taken_on_device(variant, step_dtype) == expected
+
+
+@variants
+def test_numbers_on_the_device_are_read_once_a_program(variant: Variant) -> None:
+    plain = taken_on_device(variant, torch.float32)
+    for name, value, launches in (
+        ("lr_tensor", 0.1, plain.launches),
+        ("found_inf", 0.0, plain.launches),
+        ("grad_scale", 8.0, 1),  # LAMB's second launch reads no gradients
+    ):
+        number = torch.tensor(value, dtype=torch.float64)
+        counts = taken_on_device(variant, torch.float32, **{name: number})
+        read = launches * PROGRAMS * number.itemsize
+        assert counts == Counts(plain.launches, plain.read + read, plain.written)
+
+
+@variants
+def test_nothing_moves_where_an_infinity_was_found(variant: Variant) -> None:
+    found = torch.tensor(1.0)
+    counts = taken_on_device(variant, torch.float32, found_inf=found)
+    assert counts == Counts(counts.launches, counts.launches * PROGRAMS * found.itemsize, 0)
 
 
 # Rows that fit, and one that is just too long for float32.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -39,8 +39,22 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-def rows(architectures: Sequence[int] = ARCHITECTURES) -> list[dict[str, Any]]:
-    """The resources of every kernel of the main paths on every architecture.
+class Path(NamedTuple):
+    """A call of an op: what it is called with besides the op's name, and the call."""
+
+    op: str
+    case: str
+    call: Callable[[], None]
+
+
+def rows(
+    architectures: Sequence[int] = ARCHITECTURES, paths: Iterable[Path] | None = None
+) -> list[dict[str, Any]]:
+    """The resources of every kernel on every architecture.
+
+    Args:
+        architectures: for example 90 for sm_90.
+        paths: calls that launch the kernels; `main_paths` if None.
 
     Returns:
         For each: kernel, arch, registers (a thread's), spill_bytes, local_bytes (a thread's),
@@ -49,33 +63,38 @@ def rows(architectures: Sequence[int] = ARCHITECTURES) -> list[dict[str, Any]]:
     found = []
     seen = set()
     with ThreadPoolExecutor(max_workers=2) as pool:  # disassembles while this thread compiles
-        for name, call in main_paths():
-            for launch in record(call):
+        for path in main_paths() if paths is None else paths:
+            for launch in record(path.call):
                 source = _source(launch).hash()
                 if source in seen:
                     continue  # another length of row, but the same kernel
                 seen.add(source)
                 for arch in architectures:
                     compiled = compile_for(launch, arch)
-                    kernel = f"triton {compiled.metadata.name.removesuffix('_kernel')} {name}"
+                    name = compiled.metadata.name.removesuffix("_kernel")
+                    kernel = f"triton {name} {path.case}"
                     found.append((kernel, arch, pool.submit(_resources, compiled)))
     return [{"kernel": kernel, "arch": arch, **row.result()} for kernel, arch, row in found]
 
 
-def main_paths() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Calls that between them launch every kernel, each with what sets it apart."""
+def main_paths() -> Iterator[Path]:
+    """Calls that between them launch every kernel."""
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        yield name, partial(_step, "adam", dtype)
-        yield f"{name} amsgrad", partial(_step, "adam", dtype, amsgrad=True)
+        yield Path("adam", name, partial(_step, "adam", dtype))
+        yield Path("adam", f"{name} amsgrad", partial(_step, "adam", dtype, amsgrad=True))
         for features in (768, 16384, 65536):
-            yield f"{name} x {features}", partial(_rms_norm_forward, dtype, features)
+            forward = partial(_rms_norm_forward, dtype, features)
+            yield Path("rms_norm_forward", f"{name} x {features}", forward)
         for features in (768, 8192, 16384):
-            yield f"{name} x {features}", partial(_rms_norm_backward, dtype, features)
-    for rule in RULES.keys() - {"adam"}:
-        yield "float32", partial(_step, rule, torch.float32)
+            backward = partial(_rms_norm_backward, dtype, features)
+            yield Path("rms_norm_backward", f"{name} x {features}", backward)
+    for rule in RULES:
+        if rule != "adam":
+            yield Path(rule, "float32", partial(_step, rule, torch.float32))
     for rule in ("adam", "lamb"):
-        yield "float32 on the device", partial(_step, rule, torch.float32, on_device=True)
+        call = partial(_step, rule, torch.float32, on_device=True)
+        yield Path(rule, "float32 on the device", call)
 
 
 def record(call: Callable[[], None]) -> list[Launch]:

@@ -301,7 +301,7 @@ def _step(
             workspace,
             each,
             keywords.lr_tensor,
-            keywords.grad_scale,
+            keywords.grad_scale if index == 0 else None,  # only the first pass reads gradients
             keywords.found_inf,
             keywords.lr,
             *pair,
