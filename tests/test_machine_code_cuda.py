@@ -42,8 +42,9 @@ def threads(row: Row) -> int:
     """Threads a multiprocessor, as the kernels' sources state them."""
     name, rest = arguments(row)
     if name in ("step_kernel", "lamb_advance", "lamb_apply"):
-        wide = rest[-1] not in ("float", "double") and rest[:2] in THREE_STATES
-        return 256 * (2 if rest[-1] == "double" else 4 - wide)
+        more = name == "lamb_advance" or rest[:2] in THREE_STATES
+        narrow = rest[-1] not in ("float", "double")
+        return 256 * (2 if rest[-1] == "double" else 4 - (narrow and more))
     return 512 if name == "backward_held" else 1024
 
 

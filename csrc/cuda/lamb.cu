@@ -14,6 +14,10 @@
 namespace effkern::cuda {
 namespace {
 
+// Blocks a multiprocessor in the first launch: of 2-byte types one less, for the sums.
+template <class T>
+constexpr int kAdvanceBlocks = kStepBlocks<Lamb, 0, T> - (sizeof(T) == 2);
+
 constexpr int kParamSquares = 0, kDirectionSquares = 1, kSums = 2;
 
 template <class T>
@@ -42,10 +46,11 @@ struct LambPacks {
   }
 };
 
-// Moves the states of V elements on and adds to the sums of squares.
+// Moves the states of V elements on and adds to the sums of squares, in float64: a float32 square
+// can overflow, and can vanish.
 template <int V, class T>
 __device__ __forceinline__ void advance(const LambChunk<T>& chunk, int offset,
-                                        Acc<T> (&sums)[kSums]) {
+                                        double (&sums)[kSums]) {
   using S = Acc<T>;
   const Pack<T, V> grad = load<V>(chunk.grad + offset);
   LambPacks<V, T> packs(chunk, offset);
@@ -55,7 +60,7 @@ __device__ __forceinline__ void advance(const LambChunk<T>& chunk, int offset,
     Lamb::advance(static_cast<S>(widen(grad.value[v])) * chunk.factor, state, chunk.scalars);
     packs.states[0].value[v] = narrow<T>(state[0]);
     packs.states[1].value[v] = narrow<T>(state[1]);
-    const S param = widen(packs.param.value[v]), direction = packs.direction(v, chunk);
+    const double param = widen(packs.param.value[v]), direction = packs.direction(v, chunk);
     sums[kParamSquares] += param * param;
     sums[kDirectionSquares] += direction * direction;
   }
@@ -71,19 +76,17 @@ __device__ __forceinline__ void sum_over_block(double (&sums)[kSums],
 }
 
 template <class T>
-__global__ void __launch_bounds__(kStepThreads, kStepBlocks<Lamb, 0, T>)
+__global__ void __launch_bounds__(kStepThreads, kAdvanceBlocks<T>)
     lamb_advance(StepLaunch task, Lamb rule, double* workspace) {
   Advance<T>* const shared = shared_memory<Advance<T>>();
   if (threadIdx.x == 0) read_chunk<0, /*kReadsGrad=*/true>(shared->chunk, task, rule);
   __syncthreads();
   if (shared->chunk.skipped) return;
   const LambChunk<T> chunk = shared->chunk;
-  Acc<T> thread_sums[kSums] = {};
-  for_each_vector(chunk, [&](auto width, int offset) {
-    advance<decltype(width)::value>(chunk, offset, thread_sums);
-  });
+  double sums[kSums] = {};
+  for_each_vector(
+      chunk, [&](auto width, int offset) { advance<decltype(width)::value>(chunk, offset, sums); });
 
-  double sums[kSums] = {thread_sums[0], thread_sums[1]};
   sum_over_block(sums, shared->scratch);
   double* const mine = workspace + block_index() * kSums;
   if (threadIdx.x == 0) {

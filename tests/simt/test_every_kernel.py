@@ -29,6 +29,8 @@ def at_offset(tensor: Tensor, offset: int) -> Tensor:
     return memory.copy_(tensor.flatten()).view(tensor.shape)
 
 
+(LAMB,) = (variant for variant in VARIANTS if variant.rule.name == "lamb")
+
 #: Tails of vectors, nothing, one full chunk, two chunks.
 SIZES = [1, 7, 8, 9, 0, CHUNK, CHUNK + 5]
 
@@ -124,16 +126,27 @@ def test_every_instance_runs() -> None:
     assert simt.kernels() == 4 * (len(VARIANTS) + 1 + 4 + 6 + 1)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_lamb_takes_parameters_whose_squares_float32_does_not_hold(scale: float) -> None:
+    build.load()
+    tensors = random_tensors(LAMB.rule, [CHUNK + 9])
+    tensors.params[0].mul_(scale)
+    exact = tensors.clone(torch.float64)
+    LAMB.by_lists(tensors, weight_decay=0.0)
+    LAMB.by_lists(exact, "reference", weight_decay=0.0)
+    expected = exact.params[0].float()
+    torch.testing.assert_close(tensors.params[0], expected, rtol=1e-5, atol=1e-6 * scale)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_order_of_threads_and_blocks_does_not_change_lamb(dtype: torch.dtype) -> None:
     simt = build.load()
-    (lamb,) = (variant for variant in VARIANTS if variant.rule.name == "lamb")
-    made = random_tensors(lamb.rule, [5 * CHUNK + 3, 700], dtype)
+    made = random_tensors(LAMB.rule, [5 * CHUNK + 3, 700], dtype)
     results = []
     for seed in range(3):
         simt.seed(seed)
         tensors = made.clone()
-        lamb.by_lists(tensors)
+        LAMB.by_lists(tensors)
         results.append(tensors.lists())
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
