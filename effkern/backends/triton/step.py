@@ -26,7 +26,7 @@ from effkern.backends.triton.multi_tensor import (
     update_chunk,
 )
 from effkern.backends.triton.numerics import TRITON_DTYPE, accumulation_dtype, scalar
-from effkern.backends.triton.rules import NUMBERS, RULES, Form, lamb_advance
+from effkern.backends.triton.rules import NUMBERS, RULES, Form, Rule, lamb_advance
 
 
 def _name(specialization: Any) -> str:
@@ -279,15 +279,7 @@ def _step(
     pair, each = (1.0, 1.0), None
     if not by_kernel:
         steps = multi_tensor.count_steps(table, counters.are_double) if counters.any else [1.0]
-        if definition.corrections is not None:
-            pairs = {t: definition.corrections(t, form.numbers) for t in set(steps)}
-            pair = pairs[steps[0]]
-            if len(pairs) > 1:
-                # Parameters that joined late: their own numbers go to the device with every step.
-                each = multi_tensor.to_device(
-                    torch.tensor([pairs[t] for t in steps], dtype=torch.float64, device="cpu"),
-                    device,
-                )
+        pair, each = _corrections(definition, form, steps, device)
     counter = (tl.float64 if counters.are_double else tl.float32) if by_kernel else None
     workspace = None
     passes: list[tuple[JITFunction, JITFunction]] = [(only_pass, definition.update)]
@@ -320,6 +312,20 @@ def _step(
             num_warps=multi_tensor.WARPS,
             **COMPILER_OPTIONS,
         )
+
+
+def _corrections(
+    definition: Rule, form: Form, steps: Sequence[float], device: torch.device
+) -> tuple[tuple[float, float], Tensor | None]:
+    """The rule's two numbers of the first tensor's step; those of all where their steps differ."""
+    if definition.corrections is None:
+        return (1.0, 1.0), None
+    pairs = {t: definition.corrections(t, form.numbers) for t in set(steps)}
+    if len(pairs) == 1:
+        return pairs[steps[0]], None
+    # Parameters that joined late: their own numbers go to the device with every step.
+    each = torch.tensor([pairs[t] for t in steps], dtype=torch.float64, device="cpu")
+    return pairs[steps[0]], multi_tensor.to_device(each, device)
 
 
 def _checked(keywords: Keywords, device: torch.device) -> Keywords:
