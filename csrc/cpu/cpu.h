@@ -51,6 +51,9 @@ EFFKERN_ONE_PASS_RULES(EFFKERN_DECLARE)
 #undef EFFKERN_DECLARE
 void step(const StepTask& task, const Lamb& rule, ParallelFor parallel_for);
 
+// The sum of squares of all gradients of a table.
+double squares(const StepTask& task, ParallelFor parallel_for);
+
 void bandwidth(const BandwidthTask& task, int64_t elements, ParallelFor parallel_for);
 
 // The instruction set in use: the widest the machine has, or the one that EFFKERN_ISA named at

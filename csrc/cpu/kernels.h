@@ -43,7 +43,9 @@ struct Kernels {
   void (*name)(const StepTask&, const Rule&, int64_t begin, int64_t end);
   EFFKERN_ONE_PASS_RULES(EFFKERN_MEMBER_OF)
 #undef EFFKERN_MEMBER_OF
-  // Chunks of kChunk elements are counted so; `squares` takes two sums for each.
+  // Chunks of kChunk elements are counted so. `squares` takes the sum of squares of the gradient
+  // for each; for LAMB two, of the parameter and of its direction.
+  void (*squares)(const StepTask&, double* squares, int64_t begin, int64_t end);
   void (*lamb_advance)(const StepTask&, const Lamb&, double* squares, int64_t begin, int64_t end);
   void (*lamb_apply)(const StepTask&, const Lamb&, const double* ratios, int64_t begin,
                      int64_t end);

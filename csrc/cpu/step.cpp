@@ -20,6 +20,12 @@ int64_t chunks_of(const StepTask& task, int64_t tensor) {
   return (task.table[tensor * kTableColumns + kNumel] + kChunk - 1) / kChunk;
 }
 
+int64_t chunks_of(const StepTask& task) {
+  int64_t chunks = 0;
+  for (int64_t i = 0; i < task.tensors; ++i) chunks += chunks_of(task, i);
+  return chunks;
+}
+
 }  // namespace
 
 #define EFFKERN_STEP(Rule, name)                                                           \
@@ -33,8 +39,7 @@ EFFKERN_ONE_PASS_RULES(EFFKERN_STEP)
 
 void step(const StepTask& task, const Lamb& rule, ParallelFor parallel_for) {
   const Kernels& kernels = chosen_kernels();
-  int64_t chunks = 0;
-  for (int64_t i = 0; i < task.tensors; ++i) chunks += chunks_of(task, i);
+  const int64_t chunks = chunks_of(task);
   // Each chunk's sums have their place, so that the ratio does not depend on the threads.
   std::vector<double> squares(static_cast<size_t>(2 * chunks));
   in_threads(parallel_for, chunks, kGrainElements / kChunk, [&](int64_t begin, int64_t end) {
@@ -53,6 +58,18 @@ void step(const StepTask& task, const Lamb& rule, ParallelFor parallel_for) {
   in_threads(parallel_for, elements_of(task), kGrainElements, [&](int64_t begin, int64_t end) {
     kernels.lamb_apply(task, rule, ratios.data(), begin, end);
   });
+}
+
+double squares(const StepTask& task, ParallelFor parallel_for) {
+  const Kernels& kernels = chosen_kernels();
+  const int64_t chunks = chunks_of(task);
+  std::vector<double> of_chunk(static_cast<size_t>(chunks));
+  in_threads(parallel_for, chunks, kGrainElements / kChunk, [&](int64_t begin, int64_t end) {
+    kernels.squares(task, of_chunk.data(), begin, end);
+  });
+  double total = 0;
+  for (const double one : of_chunk) total += one;
+  return total;
 }
 
 }  // namespace effkern::cpu

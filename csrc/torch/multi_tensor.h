@@ -30,7 +30,15 @@ struct StepKeywords {
   double lr;
   std::optional<Tensor> lr_tensor;              // instead of lr
   std::optional<Tensor> grad_scale, found_inf;  // of torch.amp.GradScaler
+  std::optional<Tensor> squares;  // clip: their sum is that of the squares of all gradients
+  double max_norm;
 };
+
+inline void check_squares(const Tensor& squares) {
+  STD_TORCH_CHECK(
+      squares.dim() == 1 && squares.is_contiguous() && squares.scalar_type() == ScalarType::Double,
+      "squares must be a contiguous float64 tensor of one dimension");
+}
 
 // A boxed call's arguments, in their order. Each is taken over.
 class Arguments {
@@ -48,6 +56,8 @@ class Arguments {
     all.lr_tensor = next<std::optional<Tensor>>();
     all.grad_scale = next<std::optional<Tensor>>();
     all.found_inf = next<std::optional<Tensor>>();
+    all.squares = next<std::optional<Tensor>>();
+    all.max_norm = next<double>();
     for (const auto& [tensor, name] : {std::pair{&all.lr_tensor, "lr_tensor"},
                                        {&all.grad_scale, "grad_scale"},
                                        {&all.found_inf, "found_inf"}}) {
@@ -171,6 +181,24 @@ struct StepTable {
   Steps steps;
   int64_t tensors() const { return static_cast<int64_t>(rows.size()) / kTableColumns; }
 };
+
+// A table of gradients alone, of one dtype and device, each dense in memory.
+inline StepTable gradient_table(const std::vector<Tensor>& grads) {
+  StepTable table;
+  if (grads.empty()) return table;
+  table.dtype = dtype_of(grads[0], "grads[0]");
+  table.device = device_of(grads[0]);
+  table.rows.assign(grads.size() * kTableColumns, 0);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    STD_TORCH_CHECK(device_of(grads[i]) == table.device &&
+                        grads[i].scalar_type() == grads[0].scalar_type() && is_dense(grads[i]),
+                    "grads[", i,
+                    "] must have the dtype and device of grads[0] and fill one stretch of memory");
+    table.rows[i * kTableColumns + kNumel] = grads[i].numel();
+    table.rows[i * kTableColumns + kGrad] = address_of(grads[i]);
+  }
+  return table;
+}
 
 struct StepLists {
   std::vector<Tensor> params, grads;

@@ -9,6 +9,9 @@ with the keyword arguments
     lr, lr_tensor         the learning rate; from a one-element tensor where there is one
     grad_scale            what gradients were multiplied by: they are divided by it on the way
     found_inf             nothing is updated or counted where it is not zero
+    squares, max_norm     gradients are clipped: scaled down together to the norm ``max_norm``. The
+                          sum of ``squares``, float64, is the sum of squares of all gradients (as
+                          they are, multiplied by grad_scale), which ``_squares_`` writes there
 
 and options of their own. A step counter is increased by one first; a list of none counts nothing.
 """
@@ -23,7 +26,10 @@ from effkern.ops._declare import Family, declare, imported_at_first_call
 from effkern.ops._versions import raise_versions
 from effkern.ops.plan import PLAN, untraceable
 
-_KEYWORDS = "float lr, Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None"
+_KEYWORDS = (
+    "float lr, Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None,"
+    " Tensor? squares=None, float max_norm=0.0"
+)
 
 
 class RuleOps:
@@ -102,4 +108,21 @@ lamb = RuleOps(
     ("exp_avgs", "exp_avg_sqs"),
     "float beta1, float beta2, float eps, float weight_decay, bool maximize",
 )
+
+declare(
+    "_squares_",
+    "(Tensor(a!) squares, int place, Tensor[] grads) -> ()",
+    fake=_nothing,
+    reference=reference.squares_,
+    triton=imported_at_first_call("effkern.backends.triton.step:squares_"),
+)
+declare(
+    "_squares_planned_",
+    f"{PLAN}, Tensor(c!) squares, int place) -> ()",
+    fake=untraceable,
+    reference=None,
+    triton=imported_at_first_call("effkern.backends.triton.step:squares_planned_"),
+)
+squares_from_lists = Family("_squares_")
+squares_from_plan = Family("_squares_planned_")
 rules = (adam, sgd, adagrad, rmsprop, adadelta, lion, lamb)

@@ -24,6 +24,7 @@ void rms_norm_weight(const RmsNormBackward&, int64_t chunks, const void* partial
   void name(const StepTask&, const Rule&, int64_t begin, int64_t end);
 EFFKERN_ONE_PASS_RULES(EFFKERN_DECLARE)
 #undef EFFKERN_DECLARE
+void squares(const StepTask&, double* squares, int64_t begin, int64_t end);
 void lamb_advance(const StepTask&, const Lamb&, double* squares, int64_t begin, int64_t end);
 void lamb_apply(const StepTask&, const Lamb&, const double* ratios, int64_t begin, int64_t end);
 void bandwidth(const BandwidthTask&, int64_t begin, int64_t end);

@@ -9,10 +9,6 @@
 namespace effkern::cpu::EFFKERN_ISA {
 namespace {
 
-// So many vectors are summed in the accumulation type, then in double: sums of many squares would
-// lose digits in float32.
-constexpr int64_t kVectorsSummed = 16;
-
 template <class T>
 EFFKERN_INLINE Vec<T> advance_vector(const Arrays<T>& a, int64_t i, Acc<T> factor,
                                      const Lamb::Scalars<Acc<T>>& scalars, Vec<T> param) {
@@ -30,49 +26,33 @@ EFFKERN_INLINE Vec<T> advance_vector(const Arrays<T>& a, int64_t i, Acc<T> facto
 template <class T>
 void advance_chunk(const Arrays<T>& a, int64_t begin, int64_t end, Acc<T> factor,
                    const Lamb::Scalars<Acc<T>>& scalars, double* squares) {
-  double param_squares = 0, direction_squares = 0;
+  SumOfSquares<T> params, directions;
   int64_t i = begin;
-  while (i + kLanes<T> <= end) {
-    Vec<T> param_sum = {}, direction_sum = {};
-    for (int64_t v = 0; v < kVectorsSummed && i + kLanes<T> <= end; ++v, i += kLanes<T>) {
-      const Vec<T> param = load(a.param + i);
-      const Vec<T> direction = advance_vector(a, i, factor, scalars, param);
-      param_sum += param * param;
-      direction_sum += direction * direction;
-    }
-    param_squares += sum_lanes(param_sum);
-    direction_squares += sum_lanes(direction_sum);
+  for (; i + kLanes<T> <= end; i += kLanes<T>) {
+    const Vec<T> param = load(a.param + i);
+    directions.add(advance_vector(a, i, factor, scalars, param));
+    params.add(param);
   }
   if (i < end) {
-    Tail<T> tail(a, i, end - i);
+    Tail<T> tail(a, i, end - i);  // zeros behind the end, whose direction is 0 or NaN
     const Vec<T> param = load(tail.param);
-    const Vec<T> direction = advance_vector(tail.arrays(), 0, factor, scalars, param);
+    Vec<T> direction = advance_vector(tail.arrays(), 0, factor, scalars, param);
+    for (int64_t lane = end - i; lane < kLanes<T>; ++lane) direction[lane] = 0;
     tail.write_back();
-    for (int64_t lane = 0; lane < end - i; ++lane) {
-      param_squares += param[lane] * param[lane];
-      direction_squares += direction[lane] * direction[lane];
-    }
+    directions.add(direction);
+    params.add(param);
   }
-  squares[0] = param_squares;
-  squares[1] = direction_squares;
+  squares[0] = params.total();
+  squares[1] = directions.total();
 }
 
 template <class T>
 void advance(const StepTask& task, const Lamb& rule, double* squares, int64_t begin, int64_t end) {
   ScalarsOf<Lamb, Acc<T>> scalars(task, rule);
-  int64_t first = 0;  // the number of chunks in the tensors before this one
-  for (int64_t i = 0; i < task.tensors && first < end; ++i) {
-    const int64_t* const row = task.table + i * kTableColumns;
-    const int64_t numel = row[kNumel], chunks = (numel + kChunk - 1) / kChunk;
-    const int64_t from = begin > first ? begin - first : 0;
-    const int64_t to = end - first < chunks ? end - first : chunks;
-    for (int64_t chunk = from; chunk < to; ++chunk) {
-      const int64_t last = (chunk + 1) * kChunk < numel ? (chunk + 1) * kChunk : numel;
-      advance_chunk(arrays_at<T>(row), chunk * kChunk, last, static_cast<Acc<T>>(task.factor),
-                    scalars.at(row), squares + 2 * (first + chunk));
-    }
-    first += chunks;
-  }
+  for_each_chunk(task, begin, end, [&](const int64_t* row, int64_t from, int64_t to, int64_t c) {
+    advance_chunk(arrays_at<T>(row), from, to, static_cast<Acc<T>>(task.factor), scalars.at(row),
+                  squares + 2 * c);
+  });
 }
 
 template <class T>

@@ -165,6 +165,50 @@ void update_variant(const StepTask& task, const Rule& rule, int64_t begin, int64
   }
 }
 
+// Sums squares of vectors. So many are summed in the accumulation type, then in double: sums of
+// many squares would lose digits in float32.
+template <class T>
+class SumOfSquares {
+ public:
+  EFFKERN_MEMBER void add(Vec<T> x) {
+    sum_ += x * x;
+    if (++added_ == kAtOnce) flush();
+  }
+  EFFKERN_MEMBER double total() {
+    flush();
+    return total_;
+  }
+
+ private:
+  static constexpr int kAtOnce = 16;
+  EFFKERN_MEMBER void flush() {
+    total_ += static_cast<double>(sum_lanes(sum_));
+    sum_ = Vec<T>{};
+    added_ = 0;
+  }
+  Vec<T> sum_ = {};
+  double total_ = 0;
+  int added_ = 0;
+};
+
+// Calls body(row, from, to, chunk) for the chunks [begin, end), counted through all tensors:
+// elements [from, to) of the tensor of `row`.
+template <class Body>
+EFFKERN_INLINE void for_each_chunk(const StepTask& task, int64_t begin, int64_t end,
+                                   const Body& body) {
+  int64_t first = 0;  // the number of chunks in the tensors before this one
+  for (int64_t i = 0; i < task.tensors && first < end; ++i) {
+    const int64_t* const row = task.table + i * kTableColumns;
+    const int64_t numel = row[kNumel], chunks = (numel + kChunk - 1) / kChunk;
+    const int64_t last = end - first < chunks ? end - first : chunks;
+    for (int64_t c = begin > first ? begin - first : 0; c < last; ++c) {
+      const int64_t to = (c + 1) * kChunk < numel ? (c + 1) * kChunk : numel;
+      body(row, c * kChunk, to, first + c);
+    }
+    first += chunks;
+  }
+}
+
 // Calls body with a value of the storage type that `dtype` names.
 template <class Body>
 EFFKERN_INLINE void with_type(DType dtype, const Body& body) {

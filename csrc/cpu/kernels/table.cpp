@@ -11,6 +11,7 @@ Kernels kernels() {
 #define EFFKERN_SET(Rule, name) all.name = name;
   EFFKERN_ONE_PASS_RULES(EFFKERN_SET)
 #undef EFFKERN_SET
+  all.squares = squares;
   all.lamb_advance = lamb_advance;
   all.lamb_apply = lamb_apply;
   all.bandwidth = bandwidth;

@@ -209,6 +209,8 @@ def step_(
     lr_tensor: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    squares: Tensor | None = None,
+    max_norm: float = 0.0,
     **options: Any,
 ) -> None:
     """``effkern::_RULE_``: one step on every parameter, in place; tensors may have any strides.
@@ -224,6 +226,8 @@ def step_(
         lr_tensor: the same in a tensor, instead.
         grad_scale: what the gradients were multiplied by.
         found_inf: nothing happens where it is not 0.
+        squares: their sum is that of the squares of all gradients, where these are clipped.
+        max_norm: to which norm.
         options: the rule's.
 
     Raises:
@@ -235,6 +239,11 @@ def step_(
     if found_inf is not None and found_inf.item() != 0:
         return
     rate = lr if lr_tensor is None else lr_tensor.item()
+    scale = 1.0 if grad_scale is None else grad_scale.item()
+    factor = 1 / scale
+    if squares is not None:
+        norm = squares.sum().sqrt().item() / scale
+        factor *= 1.0 if max_norm / (norm + 1e-6) >= 1 else max_norm / (norm + 1e-6)
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         t = 1.0
         if steps:
@@ -242,8 +251,8 @@ def step_(
             t = steps[i].item()
         acc = accumulation_dtype(param.dtype)
         g = grad.to(acc)
-        if grad_scale is not None:
-            g = g / grad_scale.to(g.device)
+        if factor != 1:
+            g = g * factor
         of_param = [one[i] if one else None for one in states]
         wide = [None if one is None else one.to(acc) for one in of_param]
         updated, new = _RULES[rule](param.to(acc), g, wide, t, rate, **options)
@@ -251,3 +260,15 @@ def step_(
         for one, value in zip(of_param, new, strict=True):
             if one is not None:
                 one.copy_(value)
+
+
+def squares_(squares: Tensor, place: int, grads: list[Tensor]) -> None:
+    """``effkern::_squares_``: the sum of squares of all gradients, into ``squares[place]``.
+
+    Args:
+        squares: float64, one dimension, on the gradients' device.
+        place: which of its numbers is written.
+        grads: of one dtype and device, of any strides.
+    """
+    total = sum((g.double().square().sum() for g in grads), squares.new_zeros(()))
+    squares[place] = total
