@@ -52,15 +52,24 @@ cuda::StepLaunch launch_of(const StepKeywords& keywords, DType dtype, Device dev
 
 // ---- step counters on the CPU ----
 
-// The host cannot know whether a step counts that `found_inf` may undo.
-void check_found_inf(const StepKeywords& keywords, const int64_t* rows, int64_t tensors,
-                     Steps steps) {
-  if (!keywords.found_inf || steps.on_device) return;
+bool host_counts(const int64_t* rows, int64_t tensors, Steps steps) {
+  if (steps.on_device) return false;
   for (int64_t i = 0; i < tensors; ++i) {
-    STD_TORCH_CHECK(!rows[i * kTableColumns + kStep],
-                    "found_inf was given with step counters on the CPU; they must be on the "
-                    "parameters' device");
+    if (rows[i * kTableColumns + kStep]) return true;
   }
+  return false;
+}
+
+// Where the host counts, it must know before the launch whether the step is taken: it reads
+// found_inf in place of the kernel.
+bool host_finds_inf(StepKeywords& keywords) {
+  if (!keywords.found_inf) return false;
+  STD_TORCH_CHECK(keywords.found_inf->is_cpu(),
+                  "found_inf is not on the CPU, where step counters are; they must be on the "
+                  "parameters' device, both of them");
+  const bool found = number_in(*keywords.found_inf) != 0.0;
+  keywords.found_inf.reset();
+  return found;
 }
 
 // The number of the step that the formula is for.
@@ -119,14 +128,18 @@ void run(const cuda::StepLaunch& task, const Lamb& rule, Device device, cudaStre
 
 struct CudaSteps {
   template <class Rule>
-  static void run_lists(const StepLists& lists, const StepKeywords& keywords, const Rule& rule) {
+  static void run_lists(const StepLists& lists, StepKeywords keywords, const Rule& rule) {
     StepTable table = step_table(lists, rule);
-    if (table.tensors() == 0) return;
+    int64_t* const rows = table.rows.data();
+    const int64_t tensors = table.tensors();
+    if (tensors == 0) return;
+    const bool found = host_counts(rows, tensors, table.steps) && host_finds_inf(keywords);
     cuda::StepLaunch task = launch_of(keywords, table.dtype, table.device, table.steps);
-    check_found_inf(keywords, table.rows.data(), table.tensors(), table.steps);
+    if (found) return;
+
     if (!table.steps.on_device) {
-      count_steps(table.rows.data(), table.tensors(), table.steps);
-      set_steps(table.rows.data(), table.tensors(), table.steps);
+      count_steps(rows, tensors, table.steps);
+      set_steps(rows, tensors, table.steps);
     }
     const std::vector<int32_t> chunks = chunks_of(table);
     const CudaDevice current(table.device);
@@ -142,19 +155,19 @@ struct CudaSteps {
   // With counters on the device, and where the table has not moved, this is the launch alone: what
   // a CUDA graph can capture.
   template <class Rule>
-  static void run_plan(const PlanArguments& plan, const StepKeywords& keywords, const Rule& rule) {
+  static void run_plan(const PlanArguments& plan, StepKeywords keywords, const Rule& rule) {
     int64_t* const rows = planned_table(plan.table);
     const int64_t tensors = plan.table.size(0);
     const PlanHeader header(plan.layouts);
     const Device device = device_of(plan.device_table);
     check_on_device(plan, device);
     const Steps steps = header.steps();
-    cuda::StepLaunch task = launch_of(keywords, header.dtype(), device, steps);
-    check_found_inf(keywords, rows, tensors, steps);
     if (tensors == 0) return;
+    const bool found = host_counts(rows, tensors, steps) && host_finds_inf(keywords);
+    cuda::StepLaunch task = launch_of(keywords, header.dtype(), device, steps);
 
-    const std::optional<int64_t> elapsed =
-        steps.on_device ? int64_t{0} : count_steps(rows, tensors, steps);
+    const bool counts = !steps.on_device && !found;
+    const std::optional<int64_t> elapsed = counts ? count_steps(rows, tensors, steps) : int64_t{0};
     const CudaDevice current(device);
     const cudaStream_t stream = current.stream();
     if (plan.moved || !elapsed) {
@@ -164,6 +177,7 @@ struct CudaSteps {
     } else {
       task.elapsed = *elapsed;
     }
+    if (found) return;  // with the device's copy of the table up to date
     task.table = static_cast<int64_t*>(plan.device_table.mutable_data_ptr());
     task.chunks = static_cast<const int32_t*>(plan.chunks.const_data_ptr());
     task.chunk_count = plan.chunks.size(0);

@@ -63,22 +63,33 @@ def test_an_infinity_undoes_the_step(variant: Variant, dtype: torch.dtype) -> No
 
 
 @every_variant
-def test_an_infinity_needs_counters_that_it_can_stop(variant: Variant) -> None:
-    build.load()
+def test_the_host_reads_an_infinity_where_it_counts(variant: Variant) -> None:
+    """On the CPU, that is; one on a GPU is refused beside counters on the CPU."""
+    simt = build.load()
     tensors = random_tensors(variant.rule, [3, 5])
     before = tensors.clone()
-    found = torch.tensor(0.0)
     planned = Planned(variant, tensors, on_device=False)
+    simt.reset()
     for step in (partial(variant.by_lists, tensors), planned.step):
-        with pytest.raises(RuntimeError, match="found_inf was given with step counters on the CPU"):
-            step(found_inf=found)
+        step(found_inf=torch.tensor(1.0))
+        assert_equal(tensors, before)
+    assert simt.counts().launches == 0
+    for step in (partial(variant.by_lists, tensors), planned.step):
+        step(found_inf=torch.tensor(0.0))
+    assert [counter.item() for counter in tensors.steps] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "variant", [variant for variant in VARIANTS if not variant.reads_steps], ids=str
+)
+def test_an_infinity_where_nothing_is_counted(variant: Variant) -> None:
+    build.load()
+    tensors = random_tensors(variant.rule, [3, 5])
+    tensors.steps = []
+    before = tensors.clone()
+    variant.by_lists(tensors, found_inf=torch.tensor(1.0))
     assert_equal(tensors, before)
-    if variant.reads_steps:
-        return
-    tensors.steps = []  # nothing to count
-    variant.by_lists(tensors, found_inf=found + 1)
-    assert torch.equal(tensors.params[0], before.params[0])
-    variant.by_lists(tensors, found_inf=found)
+    variant.by_lists(tensors, found_inf=torch.tensor(0.0))
     assert not torch.equal(tensors.params[0], before.params[0])
 
 
