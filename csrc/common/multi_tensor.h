@@ -7,6 +7,20 @@ namespace effkern {
 
 constexpr int kMostStates = 3;
 
+// How a step's tensors are stored where not all of them have the parameters' dtype.
+enum class StateType : int32_t {
+  kAsParam = 0,
+  kFloat32 = 1,
+  kBFloat16 = 2,
+  kInt8 = 3,  // see math/quantize.h
+};
+struct Storage {
+  StateType state = StateType::kAsParam;
+  bool masters = false;     // parameters are computed in kMaster and rounded from there
+  bool stochastic = false;  // bfloat16 parameters are rounded stochastically
+  bool plain() const { return state == StateType::kAsParam && !masters && !stochastic; }
+};
+
 // One row of int64 per tensor. Addresses are those of elements of the tensors' dtype.
 // effkern/optim/ plan.py builds the table; every backend reads it.
 enum TableColumn : int64_t {
@@ -20,7 +34,13 @@ enum TableColumn : int64_t {
   kSteps = 7,   // GPU, counters on the CPU: the steps taken when the table was last uploaded
   kTicket = 8,  // GPU: how many of the tensor's blocks have got so far; 0 between launches
   kRatio = 9,   // GPU: what one launch leaves for the next, a number of the accumulation type
-  kTableColumns = 10,
+  kMaster =
+      10,  // address of the float32 master of a bfloat16 or float16 parameter; 0: there is none
+  kScale0 = 11,  // of states in 8 bits: the float32 scales of their blocks
+  kScale1 = 12,
+  kScale2 = 13,
+  kKey = 14,  // of stochastic rounding, see math/rounding.h
+  kTableColumns = 15,
 };
 
 // One row of int32 per block of GPU work: which tensor, and which stretch of kChunk elements of it.

@@ -21,6 +21,9 @@ struct Adadelta {
   EFFKERN_MEMBER int variant() const { return 0; }
   static constexpr bool has_state(int, int state) { return state < 2; }
 
+  // Whether a state's values may be negative.
+  static constexpr bool is_signed(int) { return false; }
+
   template <class S>
   struct Scalars {
     S lr, rho, one_minus_rho, eps, l2, sign;

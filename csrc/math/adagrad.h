@@ -21,6 +21,9 @@ struct Adagrad {
   EFFKERN_MEMBER int variant() const { return 0; }
   static constexpr bool has_state(int, int state) { return state < 1; }
 
+  // Whether a state's values may be negative.
+  static constexpr bool is_signed(int) { return false; }
+
   template <class S>
   struct Scalars {
     S step_size;  // lr / (1 + (t - 1) * lr_decay)

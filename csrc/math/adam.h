@@ -25,6 +25,9 @@ struct Adam {
   EFFKERN_MEMBER int variant() const { return amsgrad; }
   static constexpr bool has_state(int variant, int state) { return state < 2 + variant; }
 
+  // Whether a state's values may be negative.
+  static constexpr bool is_signed(int state) { return state == 0; }
+
   template <class S>
   struct Scalars {
     S one_minus_beta1, beta2, one_minus_beta2, eps;

@@ -22,6 +22,9 @@ struct Lamb {
   EFFKERN_MEMBER int variant() const { return 0; }
   static constexpr bool has_state(int, int state) { return state < 2; }
 
+  // Whether a state's values may be negative.
+  static constexpr bool is_signed(int state) { return state == 0; }
+
   template <class S>
   struct Scalars {
     S lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, sign;

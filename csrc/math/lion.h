@@ -21,6 +21,9 @@ struct Lion {
   EFFKERN_MEMBER int variant() const { return 0; }
   static constexpr bool has_state(int, int state) { return state < 1; }
 
+  // Whether a state's values may be negative.
+  static constexpr bool is_signed(int) { return true; }
+
   template <class S>
   struct Scalars {
     S lr, shrink, beta1, one_minus_beta1, beta2, one_minus_beta2, sign;

@@ -26,6 +26,9 @@ struct RmsProp {
     return state == 0 || (state == 1 && (variant & 1)) || (state == 2 && (variant & 2));
   }
 
+  // Whether a state's values may be negative.
+  static constexpr bool is_signed(int state) { return state != 0; }
+
   template <class S>
   struct Scalars {
     S lr, alpha, one_minus_alpha, eps, momentum, l2, sign;

@@ -24,6 +24,9 @@ struct Sgd {
   EFFKERN_MEMBER int variant() const { return momentum != 0.0; }
   static constexpr bool has_state(int variant, int state) { return state < variant; }
 
+  // Whether a state's values may be negative.
+  static constexpr bool is_signed(int) { return true; }
+
   template <class S>
   struct Scalars {
     S lr, l2, sign;

@@ -83,16 +83,22 @@ inline bool same_sizes(const Tensor& a, const Tensor& b) {
   return std::equal(x.begin(), x.end(), y.begin(), y.end());
 }
 
-// `tensor` must have the device, dtype and sizes of `like`.
+// `tensor` must have the device and sizes of `like`, and its dtype or the one given.
 inline void check_like(const Tensor& tensor, const std::string& name, const Tensor& like,
-                       const char* like_name) {
+                       const char* like_name, ScalarType type) {
   STD_TORCH_CHECK(device_of(tensor) == device_of(like), name,
                   " is on another device; it must be on the device of ", like_name);
-  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, " has dtype ",
-                  torch::headeronly::toString(tensor.scalar_type()), "; it must have that of ",
-                  like_name, ", ", torch::headeronly::toString(like.scalar_type()));
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, " has dtype ",
+                  torch::headeronly::toString(tensor.scalar_type()),
+                  type == like.scalar_type() ? "; it must have that of " : "; beside ", like_name,
+                  type == like.scalar_type() ? ", " : " it must be ",
+                  torch::headeronly::toString(type));
   STD_TORCH_CHECK(same_sizes(tensor, like), name, " has shape ", text_of(tensor.sizes()),
                   "; it must have that of ", like_name, ", ", text_of(like.sizes()));
+}
+inline void check_like(const Tensor& tensor, const std::string& name, const Tensor& like,
+                       const char* like_name) {
+  check_like(tensor, name, like, like_name, like.scalar_type());
 }
 
 // A new contiguous tensor, its memory unwritten.

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/multi_tensor.h"
+#include "math/quantize.h"
 #include "math/rules.h"
 #include "torch/arguments.h"
 
@@ -102,8 +103,8 @@ struct PlanArguments {
         moved(from.next<bool>()) {}
 };
 
-// The tensor `layouts` of a plan: [dtype code, code of `Steps`, then for each tensor its ndim,
-// sizes and strides].
+// The tensor `layouts` of a plan: [dtype code, code of `Steps`, code of `StateType`, 1 with masters
+// + 2 with stochastic rounding, then for each tensor its ndim, sizes and strides].
 class PlanHeader {
  public:
   explicit PlanHeader(const Tensor& layouts) {
@@ -118,11 +119,14 @@ class PlanHeader {
 
   DType dtype() const { return static_cast<DType>(numbers_[0]); }
   Steps steps() const { return Steps::of_code(numbers_[1]); }
+  Storage storage() const {
+    return {static_cast<StateType>(numbers_[2]), (numbers_[3] & 1) != 0, (numbers_[3] & 2) != 0};
+  }
   const int64_t* layouts() const { return numbers_ + kHeader; }
   const int64_t* end() const { return end_; }
 
  private:
-  static constexpr int64_t kHeader = 2;
+  static constexpr int64_t kHeader = 4;
   const int64_t* numbers_;
   const int64_t* end_;
 };
@@ -179,6 +183,7 @@ struct StepTable {
   DType dtype = DType::kFloat32;
   Device device{};
   Steps steps;
+  Storage storage;
   int64_t tensors() const { return static_cast<int64_t>(rows.size()) / kTableColumns; }
 };
 
@@ -203,8 +208,65 @@ inline StepTable gradient_table(const std::vector<Tensor>& grads) {
 struct StepLists {
   std::vector<Tensor> params, grads;
   std::array<std::vector<Tensor>, kMostStates> states;
-  std::vector<Tensor> steps;  // empty where they are not counted
+  std::vector<Tensor> steps;    // empty where they are not counted
+  std::vector<Tensor> masters;  // float32; empty where there are none
+  std::vector<Tensor> scales;   // of states in 8 bits: all of the first state, all of the next
+  std::vector<int64_t> rounding_keys;  // empty where rounding is to the nearest
 };
+
+// How the states of a call are stored, from the first that the rule keeps.
+template <class Rule>
+StateType state_type(const StepLists& lists, const Rule& rule) {
+  for (int s = 0; s < static_cast<int>(std::size(Rule::kStates)); ++s) {
+    if (!Rule::has_state(rule.variant(), s) || lists.states[s].empty()) continue;
+    const ScalarType type = lists.states[s][0].scalar_type();
+    if (type == lists.params[0].scalar_type()) return StateType::kAsParam;
+    if (type == ScalarType::Float) return StateType::kFloat32;
+    if (type == ScalarType::BFloat16) return StateType::kBFloat16;
+    if (type == ScalarType::Char || type == ScalarType::Byte) return StateType::kInt8;
+    break;  // whatever it is, it is then refused for not being the parameter's
+  }
+  return StateType::kAsParam;
+}
+
+inline ScalarType scalar_type_of(StateType state, ScalarType param, bool is_signed) {
+  switch (state) {
+    case StateType::kAsParam:
+      return param;
+    case StateType::kFloat32:
+      return ScalarType::Float;
+    case StateType::kBFloat16:
+      return ScalarType::BFloat16;
+    case StateType::kInt8:
+      return is_signed ? ScalarType::Char : ScalarType::Byte;
+  }
+  return param;
+}
+
+// The scales of state `state`, the `kept`-th that the rule keeps.
+inline void fill_scales(const StepLists& lists, size_t kept, int state,
+                        std::vector<int64_t>& rows) {
+  const size_t count = lists.params.size();
+  for (size_t i = 0; i < count; ++i) {
+    const size_t place = kept * count + i;
+    STD_TORCH_CHECK(place < lists.scales.size(), "scales has ", lists.scales.size(),
+                    " tensors; it must have one for each parameter and state");
+    const Tensor& scales = lists.scales[place];
+    const int64_t blocks = (lists.params[i].numel() + kQuantizedBlock - 1) / kQuantizedBlock;
+    STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float && scales.is_contiguous() &&
+                        scales.numel() == blocks && device_of(scales) == device_of(lists.params[i]),
+                    "scales[", place, "] must be ", blocks,
+                    " contiguous float32 numbers on the parameters' device");
+    rows[i * kTableColumns + kScale0 + state] = address_of(scales);
+  }
+}
+
+inline void check_storage(const Storage& storage, DType dtype) {
+  STD_TORCH_CHECK(storage.plain() || dtype != DType::kFloat64,
+                  "float64 parameters have float64 states and no masters");
+  STD_TORCH_CHECK(!storage.masters || dtype != DType::kFloat32,
+                  "float32 parameters need no masters");
+}
 
 // Checks every tensor before anything is written.
 template <class Rule>
@@ -221,12 +283,13 @@ StepTable step_table(const StepLists& lists, const Rule& rule) {
     STD_TORCH_CHECK(tensors.size() == count, list, " has ", tensors.size(),
                     " tensors; it must have as many as params, ", count);
   };
-  const auto fill = [&](const std::vector<Tensor>& tensors, const char* list, int64_t column) {
+  const auto fill = [&](const std::vector<Tensor>& tensors, const char* list, int64_t column,
+                        ScalarType type) {
     check_count(tensors, list);
     for (size_t i = 0; i < count; ++i) {
       const Tensor& param = lists.params[i];
       const std::string name = std::string(list) + "[" + std::to_string(i) + "]";
-      check_like(tensors[i], name, param, "its parameter");
+      check_like(tensors[i], name, param, "its parameter", type);
       for (int64_t d = 0; param.numel() > 0 && d < param.dim(); ++d) {
         STD_TORCH_CHECK(param.size(d) == 1 || tensors[i].stride(d) == param.stride(d), name,
                         " has strides ", text_of(tensors[i].strides()),
@@ -245,14 +308,31 @@ StepTable step_table(const StepLists& lists, const Rule& rule) {
                     "; it must fill one stretch of memory");
     table.rows[i * kTableColumns + kNumel] = param.numel();
   }
-  fill(lists.params, "params", kParam);
-  fill(lists.grads, "grads", kGrad);
-  for (int s = 0; s < static_cast<int>(std::size(Rule::kStates)); ++s) {
-    if (Rule::has_state(rule.variant(), s)) {
-      fill(lists.states[s], Rule::kStates[s], kState0 + s);
-    }
+  const ScalarType type = first.scalar_type();
+  fill(lists.params, "params", kParam, type);
+  fill(lists.grads, "grads", kGrad, type);
+  table.storage.state = state_type(lists, rule);
+  for (int s = 0, kept = 0; s < static_cast<int>(std::size(Rule::kStates)); ++s) {
+    if (!Rule::has_state(rule.variant(), s)) continue;
+    fill(lists.states[s], Rule::kStates[s], kState0 + s,
+         scalar_type_of(table.storage.state, type, Rule::is_signed(s)));
+    if (table.storage.state == StateType::kInt8) fill_scales(lists, kept++, s, table.rows);
   }
-  if (lists.steps.empty() && !Rule::kCountsSteps) return table;
+  if (!lists.masters.empty()) {
+    fill(lists.masters, "masters", kMaster, ScalarType::Float);
+    table.storage.masters = true;
+  }
+  if (!lists.rounding_keys.empty()) {
+    STD_TORCH_CHECK(lists.rounding_keys.size() == count && type == ScalarType::BFloat16,
+                    "rounding_keys has ", lists.rounding_keys.size(),
+                    " numbers; it must have one for each of params, which must be bfloat16");
+    for (size_t i = 0; i < count; ++i) {
+      table.rows[i * kTableColumns + kKey] = lists.rounding_keys[i];
+    }
+    table.storage.stochastic = true;
+  }
+  check_storage(table.storage, table.dtype);
+  if (lists.steps.empty()) return table;
 
   check_count(lists.steps, "steps");
   table.steps.are_double = lists.steps[0].scalar_type() == ScalarType::Double;
@@ -286,6 +366,9 @@ void boxed_lists(StableIValue* stack, uint64_t, uint64_t) {
     lists.states[s] = arguments.next<std::vector<Tensor>>();
   }
   lists.steps = arguments.next<std::vector<Tensor>>();
+  lists.masters = arguments.next<std::vector<Tensor>>();
+  lists.scales = arguments.next<std::vector<Tensor>>();
+  lists.rounding_keys = arguments.next<std::vector<int64_t>>();
   const StepKeywords keywords = arguments.keywords();
   Backend::run_lists(lists, keywords, arguments.rule<Rule>());
 }

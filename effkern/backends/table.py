@@ -7,10 +7,33 @@ from __future__ import annotations
 
 import torch
 
-NUMEL, PARAM, GRAD, STATE0, STATE1, STATE2, STEP, STEPS, TICKET, RATIO, COLUMNS = range(11)
+(
+    NUMEL,
+    PARAM,
+    GRAD,
+    STATE0,
+    STATE1,
+    STATE2,
+    STEP,
+    STEPS,
+    TICKET,
+    RATIO,
+    MASTER,
+    SCALE0,
+    SCALE1,
+    SCALE2,
+    KEY,
+    COLUMNS,
+) = range(16)
 
 #: Elements in one block of GPU work.
 CHUNK = 8192
 
 #: Storage dtypes of the kernels, in the order of their codes in csrc/common/dtype.h.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+#: How states may be stored, in the order of ``StateType``: as the parameter, or as one of these.
+STATE_TYPES = ("as param", torch.float32, torch.bfloat16, "int8")
+
+#: Values of a state in 8 bits that share a scale.
+QUANTIZED_BLOCK = 256

@@ -14,6 +14,12 @@ with the keyword arguments
                           they are, multiplied by grad_scale), which ``_squares_`` writes there
 
 and options of their own. A step counter is increased by one first; a list of none counts nothing.
+
+States may be stored in another dtype than the parameters', all alike: float32, bfloat16, or 8 bits
+in blocks of 256 values (csrc/math/quantize.h): int8 where they may be negative, else uint8, and
+``scales`` has the float32 scales of the blocks, for all parameters of the first state, then of the
+next. ``masters`` are float32 copies in which bfloat16 and float16 parameters are computed, and
+``rounding_keys``, one per bfloat16 parameter, ask for stochastic rounding (csrc/math/rounding.h).
 """
 
 from __future__ import annotations
@@ -37,27 +43,31 @@ class RuleOps:
 
     Args:
         name: of the rule; the ops are ``_NAME_`` and ``_NAME_planned_``.
-        states: what the ops call the lists of state tensors.
+        states: what the ops call the lists of state tensors, and whether their values may be
+            negative.
         options: the rule's own keyword arguments, as a schema has them.
 
     Attributes:
         name: of the rule.
-        states: as given.
+        states: what its lists of states are called.
+        signed: for each whether its values may be negative.
         from_lists: the family of the op on lists.
         from_plan: the family of the op on plans.
     """
 
-    def __init__(self, name: str, states: tuple[str, ...], options: str) -> None:
-        self.name, self.states = name, states
+    def __init__(self, name: str, states: dict[str, bool], options: str) -> None:
+        self.name, self.states = name, tuple(states)
+        self.signed = tuple(states.values())
         lists = ", ".join(
             f"Tensor({mark}!)[] {state}" for mark, state in zip("bcd", states, strict=False)
         )
         declare(
             f"_{name}_",
-            f"(Tensor(a!)[] params, Tensor[] grads, {lists}, Tensor(e!)[] steps, *,"
+            f"(Tensor(a!)[] params, Tensor[] grads, {lists}, Tensor(e!)[] steps,"
+            " Tensor(f!)[] masters, Tensor(g!)[] scales, int[] rounding_keys, *,"
             f" {_KEYWORDS}, {options}) -> ()",
             fake=_nothing,
-            reference=partial(reference.step_, name, states),
+            reference=partial(reference.step_, name, self.states, self.signed),
             triton=partial(imported_at_first_call("effkern.backends.triton.step:step_"), name),
         )
         declare(
@@ -80,32 +90,32 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 adam = RuleOps(
     "adam",
-    ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"),
+    {"exp_avgs": True, "exp_avg_sqs": False, "max_exp_avg_sqs": False},
     "float beta1, float beta2, float eps, float weight_decay,"
     " bool decoupled, bool amsgrad, bool maximize, bool bias_correction",
 )
 sgd = RuleOps(
     "sgd",
-    ("momentum_buffers",),
+    {"momentum_buffers": True},
     "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize",
 )
 adagrad = RuleOps(
-    "adagrad", ("sums",), "float lr_decay, float eps, float weight_decay, bool maximize"
+    "adagrad", {"sums": False}, "float lr_decay, float eps, float weight_decay, bool maximize"
 )
 rmsprop = RuleOps(
     "rmsprop",
-    ("square_avgs", "momentum_buffers", "grad_avgs"),
+    {"square_avgs": False, "momentum_buffers": True, "grad_avgs": True},
     "float alpha, float eps, float weight_decay, float momentum, bool centered, bool maximize",
 )
 adadelta = RuleOps(
     "adadelta",
-    ("square_avgs", "acc_deltas"),
+    {"square_avgs": False, "acc_deltas": False},
     "float rho, float eps, float weight_decay, bool maximize",
 )
-lion = RuleOps("lion", ("exp_avgs",), "float beta1, float beta2, float weight_decay, bool maximize")
+lion = RuleOps("lion", {"exp_avgs": True}, "float beta1, float beta2, float weight_decay, bool maximize")
 lamb = RuleOps(
     "lamb",
-    ("exp_avgs", "exp_avg_sqs"),
+    {"exp_avgs": True, "exp_avg_sqs": False},
     "float beta1, float beta2, float eps, float weight_decay, bool maximize",
 )
 

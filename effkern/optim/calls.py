@@ -119,7 +119,7 @@ class ListedCall:
     def run(self, grads: list[Tensor], keywords: dict[str, Any]) -> None:
         """As `PlannedCall.run`."""
         params, grads = list(map(as_real, self._params)), list(map(as_real, grads))
-        self._kernel(params, grads, *self._states, self._steps, **keywords)
+        self._kernel(params, grads, *self._states, self._steps, [], [], [], **keywords)
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:

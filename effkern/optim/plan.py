@@ -53,7 +53,7 @@ class Plan:
         if steps:
             self.table[:, STEP] = addresses(steps)
 
-        layouts = [DTYPES.index(params[0].dtype), _code_of(steps)]
+        layouts = [DTYPES.index(params[0].dtype), _code_of(steps), 0, 0]
         for p in params:
             layouts += [p.dim(), *p.shape, *p.stride()]
         self.layouts = int64(layouts)

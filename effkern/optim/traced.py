@@ -48,6 +48,9 @@ def step_lists(
             [as_real(grad) for grad in alike],
             *lists,
             counters,
+            [],
+            [],
+            [],
             **step_keywords(optimizer, group, dense[0].device),
         )
         for param, updated in zip(chosen, dense, strict=True):

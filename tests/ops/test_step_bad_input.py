@@ -75,7 +75,7 @@ def check(backend: Backend, rule: Rule, spoil: Callable[[Lists], object], messag
     spoil(lists)
     (kernel,) = rule.ops.from_lists(tensors.params[0])
     with pytest.raises((RuntimeError, NotImplementedError), match=message):
-        kernel(*lists.values(), **options)
+        kernel(*lists.values(), [], [], [], **options)
     for mine, before in zip(tensors.lists(), kept.lists(), strict=True):
         assert torch.equal(mine[0].cpu(), before[0])
 

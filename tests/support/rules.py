@@ -96,7 +96,8 @@ class Rule:
         """The lists as the op takes them: those that the options do not ask for are empty."""
         kept = self.kept(options)
         states = [one if keep else [] for one, keep in zip(tensors.states, kept, strict=True)]
-        return [tensors.params, tensors.grads, *states, tensors.steps if self.counts else []]
+        steps = tensors.steps if self.counts else []
+        return [tensors.params, tensors.grads, *states, steps, [], [], []]
 
     def by_optimizer(self, tensors: Tensors, options: dict[str, Any]) -> None:
         """A step by effkern's class, whose state the tensors are."""

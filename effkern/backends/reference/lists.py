@@ -11,21 +11,28 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_lists(
-    params: Sequence[Tensor], lists: Mapping[str, Sequence[Tensor]], steps: Sequence[Tensor]
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Mapping[str, Sequence[Tensor]],
+    steps: Sequence[Tensor],
+    masters: Sequence[Tensor],
 ) -> None:
     """Refuse lists that do not belong together.
 
     Args:
         params: of any strides.
-        lists: by argument name, the gradients and the states: for each parameter one tensor of its
-            dtype, device and shape.
+        grads: for each parameter one tensor of its dtype, device and shape.
+        states: by argument name, the same with the parameter's dtype, or all of float32, bfloat16,
+            or int8 and uint8.
         steps: one number per parameter, or none at all.
+        masters: float32, of the parameters' shapes, or none at all.
 
     Raises:
         RuntimeError: naming the argument, what it was and what it must be.
     """
-    counted = [("steps", steps)] if steps else []
-    for name, tensors in (*lists.items(), *counted):
+    lists = {"grads": grads, **states}
+    lists.update({n: s for n, s in (("steps", steps), ("masters", masters)) if s})
+    for name, tensors in lists.items():
         if len(tensors) != len(params):
             raise RuntimeError(
                 f"{name} has {len(tensors)} tensors; it must have as many as params, {len(params)}"
@@ -42,9 +49,16 @@ def check_lists(
                 "one call takes one of each"
             )
         for name, tensors in lists.items():
+            if name == "steps":
+                continue
             for what in ("device", "dtype", "shape"):
                 has, must = getattr(tensors[i], what), getattr(param, what)
-                if has != must:
+                if what == "dtype" and name != "grads":
+                    dtypes = (torch.float32,) if name == "masters" else (must, *_OF_STATES)
+                    fits = has in dtypes and has == tensors[0].dtype
+                else:
+                    fits = has == must
+                if not fits:
                     raise RuntimeError(
                         f"{name}[{i}] has {what} {has}; it must have that of its parameter, {must}"
                     )
@@ -59,4 +73,5 @@ def check_lists(
             )
 
 
+_OF_STATES = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
 _COUNTERS = (torch.float32, torch.float64)

@@ -39,7 +39,7 @@ def put_gradients_(
             f"of the {len(table)} rows of table"
         )
     numbers = layouts.tolist()
-    dtype, place = DTYPES[numbers[0]], 2
+    dtype, place = DTYPES[numbers[0]], 4
     planned = table[:, PARAM].tolist()
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         ndim = numbers[place]

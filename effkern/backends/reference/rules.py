@@ -16,6 +16,8 @@ from torch import Tensor
 
 from effkern.backends.reference.dtypes import accumulation_dtype
 from effkern.backends.reference.lists import check_lists
+from effkern.backends.reference.quantize import dequantized, quantized
+from effkern.backends.reference.rounding import stochastically_rounded
 
 States = list[Any]  # of Tensor, or None
 
@@ -202,9 +204,10 @@ _RULES: dict[str, Callable[..., tuple[Tensor, States]]] = {
 def step_(
     rule: str,
     names: Sequence[str],
+    signed: Sequence[bool],
     params: list[Tensor],
     grads: list[Tensor],
-    *lists: list[Tensor],
+    *lists: Any,
     lr: float,
     lr_tensor: Tensor | None = None,
     grad_scale: Tensor | None = None,
@@ -218,10 +221,12 @@ def step_(
     Args:
         rule: its name.
         names: of the lists of states.
+        signed: for each, whether its values may be negative.
         params: the parameters.
         grads: their gradients; this and the lists of states match ``params`` in number and shapes.
         lists: for each name the states, an empty list where the options need none; then the step
-            counters, one number each or none at all.
+            counters, one number each or none at all; masters; scales of states in 8 bits; keys of
+            stochastic rounding.
         lr: learning rate.
         lr_tensor: the same in a tensor, instead.
         grad_scale: what the gradients were multiplied by.
@@ -233,9 +238,9 @@ def step_(
     Raises:
         RuntimeError: if the lists do not belong together; nothing was written.
     """
-    *states, steps = lists
-    named = {"grads": grads, **{n: s for n, s in zip(names, states, strict=True) if s}}
-    check_lists(params, named, steps)
+    *states, steps, masters, scales, keys = lists
+    named = {n: s for n, s in zip(names, states, strict=True) if s}
+    check_lists(params, grads, named, steps, masters)
     if found_inf is not None and found_inf.item() != 0:
         return
     rate = lr if lr_tensor is None else lr_tensor.item()
@@ -244,22 +249,33 @@ def step_(
     if squares is not None:
         norm = squares.sum().sqrt().item() / scale
         factor *= 1.0 if max_norm / (norm + 1e-6) >= 1 else max_norm / (norm + 1e-6)
+    kept = [s for s, one in enumerate(states) if one]
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         t = 1.0
         if steps:
             steps[i] += 1
             t = steps[i].item()
         acc = accumulation_dtype(param.dtype)
+        source = masters[i] if masters else param
         g = grad.to(acc)
         if factor != 1:
             g = g * factor
-        of_param = [one[i] if one else None for one in states]
-        wide = [None if one is None else one.to(acc) for one in of_param]
-        updated, new = _RULES[rule](param.to(acc), g, wide, t, rate, **options)
-        param.copy_(updated)
-        for one, value in zip(of_param, new, strict=True):
-            if one is not None:
-                one.copy_(value)
+        scale_of = {s: scales[k * len(params) + i] for k, s in enumerate(kept)} if scales else {}
+        wide: States = [None] * len(states)
+        for s in kept:
+            stored = states[s][i]
+            wide[s] = dequantized(stored, scale_of[s]) if scale_of else stored.to(acc)
+        updated, new = _RULES[rule](source.to(acc), g, wide, t, rate, **options)
+        if masters:
+            masters[i].copy_(updated)
+        param.copy_(stochastically_rounded(updated, keys[i], t) if keys else updated)
+        for s in kept:
+            if scale_of:
+                codes, block_scales = quantized(new[s], signed[s])
+                states[s][i].copy_(codes)
+                scale_of[s].copy_(block_scales)
+            else:
+                states[s][i].copy_(new[s])
 
 
 def squares_(squares: Tensor, place: int, grads: list[Tensor]) -> None:
