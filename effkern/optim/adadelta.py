@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from effkern.ops import step as _ops
@@ -28,6 +29,11 @@ class FusedAdadelta(FusedOptimizer):
         capturable: count steps beside the parameters, so that a CUDA graph may hold the step.
         maximize: ascend instead of descend.
         differentiable: False; a step is not differentiable.
+        master_weights: compute bfloat16 and float16 parameters in float32 copies in the state.
+        state_dtype: None stores states in the parameter's dtype; or torch.float32,
+            torch.bfloat16, or "int8": 8 bits, in blocks of 256 values.
+        stochastic_rounding: round bfloat16 parameters up or down so that the mean is kept.
+        max_grad_norm: scale the gradients of a step down together to at most this norm.
 
     Raises:
         ValueError: for an argument out of range, as torch.optim.Adadelta.
@@ -48,6 +54,10 @@ class FusedAdadelta(FusedOptimizer):
         capturable: bool = False,
         maximize: bool = False,
         differentiable: bool = False,
+        master_weights: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        stochastic_rounding: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         check_lr(lr)
         if not 0.0 <= rho <= 1.0:
@@ -66,6 +76,10 @@ class FusedAdadelta(FusedOptimizer):
                 "foreach": foreach,
                 "differentiable": differentiable,
             },
+            master_weights=master_weights,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            max_grad_norm=max_grad_norm,
         )
 
     def _states(self, group: dict[str, Any]) -> tuple[str | None, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from effkern.ops import step as _ops
@@ -30,6 +31,11 @@ class FusedAdagrad(FusedOptimizer):
         foreach, fused: accepted and ignored.
         maximize: ascend instead of descend.
         differentiable: False; a step is not differentiable.
+        master_weights: compute bfloat16 and float16 parameters in float32 copies in the state.
+        state_dtype: None stores states in the parameter's dtype; or torch.float32,
+            torch.bfloat16, or "int8": 8 bits, in blocks of 256 values.
+        stochastic_rounding: round bfloat16 parameters up or down so that the mean is kept.
+        max_grad_norm: scale the gradients of a step down together to at most this norm.
 
     Raises:
         ValueError: for an argument out of range, as torch.optim.Adagrad.
@@ -52,6 +58,10 @@ class FusedAdagrad(FusedOptimizer):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        master_weights: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        stochastic_rounding: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         check_lr(lr)
         check_not_negative("lr_decay value", lr_decay)
@@ -71,6 +81,10 @@ class FusedAdagrad(FusedOptimizer):
                 "differentiable": differentiable,
                 "fused": fused,
             },
+            master_weights=master_weights,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            max_grad_norm=max_grad_norm,
         )
         for group in self.param_groups:
             create(self, group, group["params"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from effkern.ops import step as _ops
@@ -37,6 +38,11 @@ class FusedAdam(FusedOptimizer):
         set_grad_none: Apex's: what ``zero_grad`` does without an argument; None is torch's way.
         foreach, fused: accepted and ignored.
         differentiable: False; a step is not differentiable.
+        master_weights: compute bfloat16 and float16 parameters in float32 copies in the state.
+        state_dtype: None stores states in the parameter's dtype; or torch.float32,
+            torch.bfloat16, or "int8": 8 bits, in blocks of 256 values.
+        stochastic_rounding: round bfloat16 parameters up or down so that the mean is kept.
+        max_grad_norm: scale the gradients of a step down together to at most this norm.
 
     Raises:
         ValueError: for an argument out of range, as torch.optim.Adam.
@@ -65,6 +71,10 @@ class FusedAdam(FusedOptimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
+        master_weights: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        stochastic_rounding: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         check_lr(lr)
         check_not_negative("epsilon value", eps)
@@ -87,6 +97,10 @@ class FusedAdam(FusedOptimizer):
                 "fused": fused,
                 "decoupled_weight_decay": decoupled_weight_decay,
             },
+            master_weights=master_weights,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            max_grad_norm=max_grad_norm,
         )
         if not bias_correction:  # a key of its own only where Apex's option is used
             self.defaults["bias_correction"] = False
@@ -134,6 +148,10 @@ class FusedAdamW(FusedAdam):
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
+        master_weights: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        stochastic_rounding: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -148,6 +166,10 @@ class FusedAdamW(FusedAdam):
             foreach=foreach,
             fused=fused,
             differentiable=differentiable,
+            master_weights=master_weights,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            max_grad_norm=max_grad_norm,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

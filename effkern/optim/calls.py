@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from effkern.backends import choice
 from effkern.ops.plan import put_gradients_
+from effkern.ops.step import RuleOps, squares_from_lists, squares_from_plan
 from effkern.optim.layout import as_real, is_dense, laid_out_like
 from effkern.optim.plan import Plan
+from effkern.optim.storage import Storage
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What one kernel call updates.
+
+    Attributes:
+        params: of one dtype and device.
+        states: for each list of states that the kernel takes, one tensor per parameter, or none.
+        scales: likewise, of states in 8 bits.
+        steps: one step counter per parameter, or none.
+        masters: one float32 master per parameter, or none.
+        rounding_keys: one per parameter, or none.
+        storage: how they are stored.
+    """
+
+    params: list[Tensor]
+    states: list[list[Tensor]]
+    scales: list[list[Tensor]]
+    steps: list[Tensor]
+    masters: list[Tensor]
+    rounding_keys: list[int]
+    storage: Storage
 
 
 class PlannedCall:
@@ -20,29 +46,30 @@ class PlannedCall:
     after it, for as long as the call lives.
 
     Args:
-        kernel: the op on plans.
-        params: of one dtype and device; no two share memory.
-        states: for each list of states that the kernel takes, one dense tensor per parameter, or
-            none.
-        steps: one step counter per parameter, or none.
+        rule: the ops of the update rule.
+        tensors: of which no two share memory; states, scales and masters dense.
         on_cpu: whether the CPU library runs it.
     """
 
-    def __init__(
-        self,
-        kernel: torch._ops.OpOverload,
-        params: Sequence[Tensor],
-        states: Sequence[Sequence[Tensor]],
-        steps: Sequence[Tensor],
-        on_cpu: bool,
-    ) -> None:
-        self._kernel = kernel
+    def __init__(self, rule: RuleOps, tensors: Tensors, on_cpu: bool) -> None:
+        params = tensors.params
+        (self._kernel,) = rule.from_plan(params[0])
+        (self._squares,) = squares_from_plan(params[0])
         self._dense = [p if is_dense(p) else torch.empty_like(p) for p in params]
         self._copied = [(d, p) for d, p in zip(self._dense, params, strict=True) if d is not p]
         self._places = [_place(p) for _, p in self._copied]
         self._complex = params[0].is_complex()
-        reals = [list(map(as_real, tensors)) for tensors in (self._dense, *states)]
-        self._plan = Plan(reals[0], reals[1:], steps, on_cpu)
+        reals = [list(map(as_real, one)) for one in (self._dense, *tensors.states)]
+        self._plan = Plan(
+            reals[0],
+            reals[1:],
+            tensors.steps,
+            tensors.storage,
+            tensors.scales,
+            tensors.masters,
+            tensors.rounding_keys,
+            on_cpu,
+        )
         self._moved = False
 
     def accept(self, grads: list[Tensor]) -> list[Tensor] | None:
@@ -78,13 +105,15 @@ class PlannedCall:
         """
         for dense, param in self._copied:
             dense.copy_(param)
-        plan = self._plan
-        self._kernel(
-            plan.table, plan.device_table, plan.chunks, plan.layouts, self._moved, **keywords
-        )
+        self._kernel(*self._plan.arguments(), self._moved, **keywords)
         self._moved = False
         for dense, param in self._copied:
             param.copy_(dense)
+
+    def squares(self, squares: Tensor, place: int) -> None:
+        """Put the sum of squares of the gradients that `accept` took into ``squares[place]``."""
+        self._squares(*self._plan.arguments(), self._moved, squares, place)
+        self._moved = False
 
     def _put(self, params: list[Tensor], grads: list[Tensor]) -> bool:
         plan = self._plan
@@ -96,30 +125,40 @@ class PlannedCall:
 class ListedCall:
     """A call by lists of tensors, for the reference backend: any strides, one after another.
 
-    Args: as those of `PlannedCall`, with the op on lists.
+    Args: as those of `PlannedCall`.
     """
 
-    def __init__(
-        self,
-        kernel: torch._ops.OpOverload,
-        params: Sequence[Tensor],
-        states: Sequence[Sequence[Tensor]],
-        steps: Sequence[Tensor],
-    ) -> None:
-        self._kernel = kernel
-        self._params, self._steps = params, steps
-        self._states = [list(map(as_real, tensors)) for tensors in states]
-        self._places = list(map(_place, params))
+    def __init__(self, rule: RuleOps, tensors: Tensors) -> None:
+        self._params = tensors.params
+        with choice.use_backend("reference"):
+            (self._kernel,) = rule.from_lists(self._params[0])
+            (self._squares,) = squares_from_lists(self._params[0])
+        self._lists = [
+            *(list(map(as_real, one)) for one in tensors.states),
+            tensors.steps,
+            tensors.masters,
+            [one for of_state in tensors.scales for one in of_state],
+            tensors.rounding_keys,
+        ]
+        self._places = list(map(_place, self._params))
+        self._grads: list[Tensor] = []
 
     def accept(self, grads: list[Tensor]) -> list[Tensor] | None:
         """As `PlannedCall.accept`."""
         alike = list(map(_kind, grads)) == list(map(_kind, self._params))
-        return grads if alike and list(map(_place, self._params)) == self._places else None
+        if not alike or list(map(_place, self._params)) != self._places:
+            return None
+        self._grads = list(map(as_real, grads))
+        return grads
 
     def run(self, grads: list[Tensor], keywords: dict[str, Any]) -> None:
         """As `PlannedCall.run`."""
-        params, grads = list(map(as_real, self._params)), list(map(as_real, grads))
-        self._kernel(params, grads, *self._states, self._steps, [], [], [], **keywords)
+        self._kernel(list(map(as_real, self._params)), self._grads, *self._lists, **keywords)
+        self._grads = []
+
+    def squares(self, squares: Tensor, place: int) -> None:
+        """As `PlannedCall.squares`."""
+        self._squares(squares, place, self._grads)
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from effkern.ops.step import RuleOps
 from effkern.optim.checks import check_grad, check_param, check_state
 from effkern.optim.prepared import Prepared
 from effkern.optim.state import complete, step_counter
+from effkern.optim.storage import asked_options
 from effkern.optim.traced import step_lists
 
 
@@ -28,24 +29,44 @@ class FusedOptimizer(Optimizer):
     #: Whether a parameter's state holds the number of its steps.
     _keeps_step: ClassVar[bool] = True
 
-    _prepared: Prepared | None
-
     # Set by torch.amp.GradScaler for the time of a step.
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        master_weights: bool,
+        state_dtype: torch.dtype | str | None,
+        stochastic_rounding: bool,
+        max_grad_norm: float | None,
+    ) -> None:
         if defaults["differentiable"]:
             raise RuntimeError(
                 f"{type(self).__name__} does not support differentiable=True: its step runs in "
                 "fused kernels"
             )
-        self._prepared = None
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
+        defaults.update(asked_options(master_weights, state_dtype, stochastic_rounding))
+        self._forget()
+        #: To what norm a step clips the gradients of all groups together; None: it does not.
+        self.max_grad_norm = max_grad_norm
         super().__init__(params, defaults)
+
+    def _forget(self) -> None:
+        """Begin without what is kept between steps but not in ``state``."""
+        self._prepared = None
+        self._rounding_seed: int | None = None
+        self._steps: dict[Tensor, Tensor] = {}
+        self._last_norm: tuple[Tensor, Tensor | None] | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._prepared = None
+        self._forget()
+        self.max_grad_norm = getattr(self, "max_grad_norm", None)
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
@@ -57,6 +78,20 @@ class FusedOptimizer(Optimizer):
             # PyTorch before 1.12 kept step as a number, and so does Apex.
             if isinstance(of_param.get("step"), (int, float)):
                 of_param["step"] = step_counter(of_param["step"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class, of the class of torch.optim it stands for, or of Apex.
+
+        Masters and states keep the dtype they were saved in; the next step brings them to the one
+        that the options ask for.
+        """
+        super().load_state_dict(state_dict)
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for i, param in zip(ids, params, strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor) and key != "step":
+                    self.state[param][key] = value.to(param.device)
 
     # ---- what a rule says of itself ----
 
@@ -71,6 +106,10 @@ class FusedOptimizer(Optimizer):
         """The keyword arguments of the kernel that are the rule's own."""
         raise NotImplementedError
 
+    def _is_signed(self, group: dict[str, Any], name: str) -> bool:
+        """Whether the values of state ``name`` may be negative."""
+        return self._rule.signed[self._states(group).index(name)]
+
     def _initial(self, group: dict[str, Any]) -> float:
         """What a new state is filled with."""
         return 0.0
@@ -78,14 +117,49 @@ class FusedOptimizer(Optimizer):
     def _counters(
         self, group: dict[str, Any], params: Sequence[Tensor], new: Sequence[bool]
     ) -> list[Tensor]:
-        """The step counters of parameters whose states are made; empty where none is kept.
+        """The step counters of parameters whose states are made; empty where none is needed.
 
         Args:
             group: theirs.
             params: the parameters.
             new: for each, whether its states were made just now.
         """
-        return [self.state[param]["step"] for param in params] if self._keeps_step else []
+        if self._keeps_step:
+            return [self.state[param]["step"] for param in params]
+        if not self._needs_steps(group):
+            return []
+        for param, begins in zip(params, new, strict=True):
+            if begins or param not in self._steps:
+                self._steps[param] = step_counter(0.0 if begins else 1.0)
+        return [self._steps[param] for param in params]
+
+    def _needs_steps(self, group: dict[str, Any]) -> bool:
+        """Whether the kernel must know the number of the step though no state holds it."""
+        return bool(group.get("stochastic_rounding"))
+
+    # ---- clipping ----
+
+    @property
+    def last_grad_norm(self) -> Tensor:
+        """The norm of all gradients at the last step, before it clipped them to ``max_grad_norm``.
+
+        0-dim, float32, float64 with float64 parameters.
+
+        Raises:
+            AttributeError: if there was no such step.
+        """
+        if self._last_norm is None:
+            raise AttributeError("last_grad_norm is there after a step with max_grad_norm")
+        squares, scale = self._last_norm
+        norm = squares.sum().sqrt()
+        if scale is not None:
+            norm = norm / scale
+        params = (p for group in self.param_groups for p in group["params"])
+        wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
+        return norm if wide else norm.float()
+
+    def _keep_norm(self, squares: Tensor) -> None:
+        self._last_norm = (squares, self._scaling()[0])
 
     # ---- the step ----
 

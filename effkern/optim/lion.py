@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from effkern.ops import step as _ops
@@ -31,6 +32,11 @@ class FusedLion(FusedOptimizer):
         capturable: a CUDA graph may hold the step.
         foreach, fused: accepted and ignored.
         differentiable: False; a step is not differentiable.
+        master_weights: compute bfloat16 and float16 parameters in float32 copies in the state.
+        state_dtype: None stores states in the parameter's dtype; or torch.float32,
+            torch.bfloat16, or "int8": 8 bits, in blocks of 256 values.
+        stochastic_rounding: round bfloat16 parameters up or down so that the mean is kept.
+        max_grad_norm: scale the gradients of a step down together to at most this norm.
 
     Raises:
         ValueError: for an argument out of range.
@@ -52,6 +58,10 @@ class FusedLion(FusedOptimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
+        master_weights: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        stochastic_rounding: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         check_lr(lr)
         betas = checked_betas(betas)
@@ -68,6 +78,10 @@ class FusedLion(FusedOptimizer):
                 "fused": fused,
                 "differentiable": differentiable,
             },
+            master_weights=master_weights,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            max_grad_norm=max_grad_norm,
         )
 
     def _states(self, group: dict[str, Any]) -> tuple[str | None, ...]:

@@ -10,8 +10,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effkern.backends.table import CHUNK, COLUMNS, DTYPES, NUMEL, PARAM, STATE0, STEP
+from effkern.backends.table import (
+    CHUNK,
+    COLUMNS,
+    DTYPES,
+    KEY,
+    MASTER,
+    NUMEL,
+    PARAM,
+    SCALE0,
+    STATE0,
+    STEP,
+)
 from effkern.optim.layout import addresses, int64
+from effkern.optim.storage import Storage
 
 
 class Plan:
@@ -24,6 +36,11 @@ class Plan:
             not kept.
         steps: one number per parameter, all float32 or all float64, all on the CPU or all beside
             the parameters; none at all where steps are not counted.
+        storage: how states are stored.
+        scales: for each list of states, the scales of those in 8 bits, one tensor per parameter;
+            an empty list where there are none.
+        masters: float32 masters, one per parameter, or none.
+        rounding_keys: of stochastic rounding, one per parameter, or none.
         on_cpu: whether the CPU library will run it, which reads ``table`` in place and cuts the
             work by itself.
 
@@ -41,6 +58,10 @@ class Plan:
         params: Sequence[Tensor],
         states: Sequence[Sequence[Tensor]],
         steps: Sequence[Tensor],
+        storage: Storage,
+        scales: Sequence[Sequence[Tensor]],
+        masters: Sequence[Tensor],
+        rounding_keys: Sequence[int],
         on_cpu: bool,
     ) -> None:
         # The device is named throughout, for torch.set_default_device.
@@ -50,10 +71,17 @@ class Plan:
         for i, state in enumerate(states):
             if state:
                 self.table[:, STATE0 + i] = addresses(state)
+        for i, of_state in enumerate(scales):
+            if of_state:
+                self.table[:, SCALE0 + i] = addresses(of_state)
         if steps:
             self.table[:, STEP] = addresses(steps)
+        if masters:
+            self.table[:, MASTER] = addresses(masters)
+        if rounding_keys:
+            self.table[:, KEY] = int64(rounding_keys)
 
-        layouts = [DTYPES.index(params[0].dtype), _code_of(steps), 0, 0]
+        layouts = [DTYPES.index(params[0].dtype), _code_of(steps), *storage.codes()]
         for p in params:
             layouts += [p.dim(), *p.shape, *p.stride()]
         self.layouts = int64(layouts)
@@ -65,6 +93,10 @@ class Plan:
             device = params[0].device
             self.device_table = self.table.to(device, copy=True)
             self.chunks = _chunks(self.table[:, NUMEL]).to(device)
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The first arguments of every op on plans."""
+        return self.table, self.device_table, self.chunks, self.layouts
 
 
 def _code_of(steps: Sequence[Tensor]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
@@ -12,11 +12,19 @@ import torch
 from torch import Tensor
 
 from effkern.backends import choice
-from effkern.optim.calls import ListedCall, PlannedCall
+from effkern.optim.calls import ListedCall, PlannedCall, Tensors
 from effkern.optim.checks import check_grad, check_param, check_state
 from effkern.optim.layout import share_memory
 from effkern.optim.scaling import step_keywords
 from effkern.optim.state import complete, create
+from effkern.optim.storage import (
+    MASTER,
+    Storage,
+    codes_key,
+    rounding_key,
+    scales_key,
+    storage_of,
+)
 from effkern.optim.watch import Watch
 
 if TYPE_CHECKING:
@@ -84,8 +92,8 @@ class Prepared:
         backends = {kind: choice.serving(kind) for kind in {p.device.type for p in self._params}}
 
         # Nothing is refused from here on.
-        self._holders: list[tuple[list[str], list[dict[str, Any]]]] = []
-        entries: list[Tensor] = []
+        #: The states that have certain keys.
+        self._holders: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         private: list[Tensor] = []  # counters that stand in no state
         self._calls: list[_Call] = []
         for group, params in zip(groups, of_group, strict=True):
@@ -99,18 +107,19 @@ class Prepared:
                 for made, param in zip(completed, params, strict=True)
             ]
             steps = optimizer._counters(group, params, new)
-            keys = [name for name in names if name is not None]
-            if optimizer._keeps_step:
-                keys.append("step")
-            else:
+            if not optimizer._keeps_step:
                 private += steps
-            if keys:
-                states = [optimizer.state[param] for param in params]
-                self._holders.append((keys, states))
-                entries += [state[key] for state in states for key in keys]
-            lists = [[optimizer.state[p][n] for p in params] if n else [] for n in names]
+            kept = [name for name in names if name is not None]
+            for param in params:
+                keys = storage_of(group, param).keys(kept)
+                if optimizer._keeps_step:
+                    keys.append("step")
+                if keys:
+                    state = optimizer.state[param]
+                    self._holders.setdefault(tuple(keys), []).append(state)
             first = sum(len(call.which) for call in self._calls)
-            self._calls += _calls(optimizer, group, params, lists, steps, backends, first)
+            self._calls += _calls(optimizer, group, params, steps, backends, first)
+        entries = list(self._current_entries())
 
         self._grad_types = {type(param.grad) for param in self._params}
         self._states = list(optimizer.state.values())
@@ -159,12 +168,14 @@ class Prepared:
         if not _same(state.values(), self._states):
             return False
         try:
-            entries = chain.from_iterable(_values(keys, of) for keys, of in self._holders)
-            if not all(map(is_, entries, self._entries)):
+            if not all(map(is_, self._current_entries(), self._entries)):
                 return False
         except KeyError:
             return False
         return not self._watch.moved()
+
+    def _current_entries(self) -> Iterable[Any]:
+        return chain.from_iterable(_values(keys, of) for keys, of in self._holders.items())
 
     def run(self, optimizer: FusedOptimizer, accepted: list[list[Tensor]]) -> None:
         """Update every parameter.
@@ -174,10 +185,28 @@ class Prepared:
             accepted: what `accept` gave.
         """
         keywords = [step_keywords(optimizer, call.group, call.device) for call in self._calls]
+        if optimizer.max_grad_norm is not None and self._calls:
+            squares = self._squares()
+            optimizer._keep_norm(squares)
+            for call, arguments in zip(self._calls, keywords, strict=True):
+                arguments["squares"] = squares.to(call.device, non_blocking=True)
+                arguments["max_norm"] = float(optimizer.max_grad_norm)
         # Before the kernels, which drive PyTorch's records of the tensors out of the caches.
         torch.autograd.graph.increment_version(self._versioned)
         for call, grads, arguments in zip(self._calls, accepted, keywords, strict=True):
             call.kernel.run(grads, arguments)
+
+    def _squares(self) -> Tensor:
+        """The sums of squares of the gradients of each call, on the first call's device."""
+        by_device: dict[torch.device, list[_Call]] = {}
+        for call in self._calls:
+            by_device.setdefault(call.device, []).append(call)
+        sums = []
+        for device, calls in by_device.items():
+            sums.append(torch.zeros(len(calls), dtype=torch.float64, device=device))
+            for place, call in enumerate(calls):
+                call.kernel.squares(sums[-1], place)
+        return torch.cat([one.to(sums[0].device, non_blocking=True) for one in sums])
 
 
 @dataclass
@@ -194,37 +223,54 @@ def _calls(
     optimizer: FusedOptimizer,
     group: dict[str, Any],
     params: list[Tensor],
-    lists: list[list[Tensor]],
     steps: list[Tensor],
     backends: dict[str, str],
     first: int,
 ) -> list[_Call]:
     """The calls for one group, whose first gradient is number ``first`` of all."""
+    names = optimizer._states(group)
     by_kind: dict[Any, list[int]] = {}
     for i, param in enumerate(params):
         counter = (steps[i].dtype, steps[i].device) if steps else None
-        by_kind.setdefault((param.device, param.dtype, counter), []).append(i)
+        kind = (param.device, param.dtype, counter, storage_of(group, param))
+        by_kind.setdefault(kind, []).append(i)
     calls = []
-    for which in by_kind.values():
-        device = params[which[0]].device
+    for (device, _, _, storage), which in by_kind.items():
         backend = backends[device.type]
-        # Parameters that share memory, or are listed twice, are updated one after another.
-        written = [params, *filter(None, lists), *filter(None, [steps])]
-        apart = backend != "reference" and share_memory([one[i] for one in written for i in which])
-        for part in [[i] for i in which] if apart else [which]:
+
+        def tensors(part: list[int], storage: Storage = storage) -> Tensors:
             chosen = [params[i] for i in part]
-            states = [[one[i] for i in part] if one else [] for one in lists]
-            counters = [steps[i] for i in part] if steps else []
+
+            def of_state(key: str) -> list[Tensor]:
+                return [optimizer.state[param][key] for param in chosen]
+
+            stored = codes_key if storage.quantized else str
+            return Tensors(
+                chosen,
+                [of_state(stored(name)) if name else [] for name in names],
+                [of_state(scales_key(n)) if n and storage.quantized else [] for n in names],
+                [steps[i] for i in part] if steps else [],
+                of_state(MASTER) if storage.master else [],
+                [rounding_key(optimizer, p) for p in chosen] if storage.stochastic else [],
+                storage,
+            )
+
+        # Parameters that share memory, or are listed twice, are updated one after another.
+        whole = tensors(which)
+        written = [whole.params, *whole.states, *whole.scales, whole.steps, whole.masters]
+        apart = backend != "reference" and share_memory([t for one in written for t in one])
+        for part in [[i] for i in which] if apart else [which]:
+            chosen = tensors(part) if apart else whole
             kernel: PlannedCall | ListedCall
             if backend == "reference":
-                with choice.use_backend(backend):
-                    (op,) = optimizer._rule.from_lists(chosen[0])
-                kernel = ListedCall(op, chosen, states, counters)
+                kernel = ListedCall(optimizer._rule, chosen)
             else:
-                (op,) = optimizer._rule.from_plan(chosen[0])
-                kernel = PlannedCall(op, chosen, states, counters, on_cpu=backend == "cpu")
+                kernel = PlannedCall(optimizer._rule, chosen, on_cpu=backend == "cpu")
             calls.append(_Call(kernel, device, group, [first + i for i in part]))
     return calls
+
+
+_STORAGE = ("master_weights", "state_dtype", "stochastic_rounding")
 
 
 def _asked(optimizer: FusedOptimizer) -> tuple[Any, ...]:
@@ -232,11 +278,12 @@ def _asked(optimizer: FusedOptimizer) -> tuple[Any, ...]:
     return (
         choice.requested(),
         [optimizer._states(group) for group in optimizer.param_groups],
+        [[group.get(option) for option in _STORAGE] for group in optimizer.param_groups],
         [optimizer._counts_on_device(group) for group in optimizer.param_groups],
     )
 
 
-def _values(keys: list[str], states: list[dict[str, Any]]) -> Iterable[Any]:
+def _values(keys: Sequence[str], states: list[dict[str, Any]]) -> Iterable[Any]:
     """The values at ``keys`` of each state, one state after another."""
     values = map(itemgetter(*keys), states)
     return values if len(keys) == 1 else chain.from_iterable(values)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from effkern.ops import step as _ops
 from effkern.optim.arguments import check_lr, check_not_negative
 from effkern.optim.fused import FusedOptimizer
-from effkern.optim.state import step_counter
 
 __all__ = ["FusedSGD"]
 
@@ -31,6 +30,11 @@ class FusedSGD(FusedOptimizer):
         maximize: ascend instead of descend.
         foreach, fused: accepted and ignored.
         differentiable: False; a step is not differentiable.
+        master_weights: compute bfloat16 and float16 parameters in float32 copies in the state.
+        state_dtype: None stores states in the parameter's dtype; or torch.float32,
+            torch.bfloat16, or "int8": 8 bits, in blocks of 256 values.
+        stochastic_rounding: round bfloat16 parameters up or down so that the mean is kept.
+        max_grad_norm: scale the gradients of a step down together to at most this norm.
 
     Raises:
         ValueError: for an argument out of range, as torch.optim.SGD.
@@ -54,13 +58,16 @@ class FusedSGD(FusedOptimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        master_weights: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        stochastic_rounding: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         check_lr(lr)
         check_not_negative("momentum value", momentum)
         check_not_negative("weight_decay value", weight_decay)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-        self._steps: dict[Tensor, Tensor] = {}
         super().__init__(
             params,
             {
@@ -74,25 +81,18 @@ class FusedSGD(FusedOptimizer):
                 "differentiable": differentiable,
                 "fused": fused,
             },
+            master_weights=master_weights,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            max_grad_norm=max_grad_norm,
         )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._steps = {}
 
     def _states(self, group: dict[str, Any]) -> tuple[str | None, ...]:
         return ("momentum_buffer" if group["momentum"] != 0 else None,)
 
-    def _counters(
-        self, group: dict[str, Any], params: Sequence[Tensor], new: Sequence[bool]
-    ) -> list[Tensor]:
-        """Counters that no state holds, from which the kernel knows a buffer's first step."""
-        if group["momentum"] == 0:
-            return []
-        for param, begins in zip(params, new, strict=True):
-            if begins or param not in self._steps:
-                self._steps[param] = step_counter(0.0 if begins else 1.0)
-        return [self._steps[param] for param in params]
+    def _needs_steps(self, group: dict[str, Any]) -> bool:
+        # From them the kernel knows a buffer's first step.
+        return group["momentum"] != 0 or super()._needs_steps(group)
 
     def _options(self, group: dict[str, Any]) -> dict[str, Any]:
         return {

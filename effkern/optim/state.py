@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
+from effkern.backends.reference.quantize import dequantized, quantized
+from effkern.backends.table import QUANTIZED_BLOCK
 from effkern.optim.layout import is_dense, lies_like
+from effkern.optim.storage import MASTER, Storage, codes_key, scales_key, storage_of
 
 if TYPE_CHECKING:
     from effkern.optim.fused import FusedOptimizer
@@ -37,41 +41,35 @@ def create(optimizer: FusedOptimizer, group: dict[str, Any], params: Sequence[Te
     names = [name for name in optimizer._states(group) if name is not None]
     if not names and not optimizer._keeps_step:
         return
-    initial = optimizer._initial(group)
     made: list[dict[str, Any]] = []
     try:
         # State made in inference mode could not be written outside.
         with torch.inference_mode(False), torch.no_grad():
-            likes = [dense_like(param) for param in params]
-            places, sizes = _places(params)
             steps = torch.zeros(len(params), dtype=_get_scalar_dtype(), device="cpu")
-            buffers = {
-                (kind, name): _filled(torch.empty(size, dtype=kind[0], device=kind[1]), initial)
-                for kind, size in sizes.items()
-                for name in names
-            }
+            wanted = [_wanted(optimizer, group, param, names) for param in params]
+            buffers = _Buffers(wanted)
             large = []
-            for i, (param, like, place) in enumerate(zip(params, likes, places, strict=True)):
+            for i, (param, of_param) in enumerate(zip(params, wanted, strict=True)):
                 state: dict[str, Any] = {}
                 if optimizer._keeps_step:
                     device = counter_device(optimizer, group, param)
-                    on_cpu = device.type == "cpu"
-                    state["step"] = (
-                        steps.as_strided((), (), i) if on_cpu else step_counter(0, device)
-                    )
-                for name in names:
-                    if place is None:
-                        state[name] = torch.empty(0, dtype=param.dtype, device=param.device)
-                        large.append((state[name], like))
+                    shared = steps.as_strided((), (), i)
+                    state["step"] = shared if device == _CPU else step_counter(0, device)
+                for one in of_param:
+                    if one.small:
+                        state[one.key] = buffers.next(one)
                     else:
-                        buffer = buffers[(param.dtype, param.device), name]
-                        state[name] = buffer.as_strided(like.shape, like.stride(), place)
+                        state[one.key] = torch.empty(0, dtype=one.dtype, device=one.device)
+                        large.append((state[one.key], one))
                 made.append(state)
-            for value, like in large:
-                value.resize_(like.shape)
-                if value.stride() != like.stride():
-                    value.as_strided_(like.shape, like.stride())
-                _filled(value, initial)
+            for value, one in large:
+                value.resize_(one.like.shape)
+                if value.stride() != one.like.stride():
+                    value.as_strided_(one.like.shape, one.like.stride())
+                _filled(value, one.initial)
+            for param, state in zip(params, made, strict=True):
+                if MASTER in state:
+                    state[MASTER].copy_(param)
     except BaseException:
         for state in made:
             state.clear()
@@ -86,10 +84,11 @@ def complete(
     param: Tensor,
     names: Sequence[str | None],
 ) -> bool:
-    """Make what is missing, and bring along what no longer fits the parameter.
+    """Make what is missing, and bring along what no longer fits the parameter or the options.
 
     A state tensor follows its parameter to another dtype, device or order of memory, as
-    `Optimizer.load_state_dict` would bring it; a step counter goes to where it is counted.
+    `Optimizer.load_state_dict` would bring it, or into and out of 8 bits; a step counter goes to
+    where it is counted.
 
     Args:
         optimizer: whose ``state`` of the parameter is changed in place.
@@ -100,7 +99,8 @@ def complete(
     Returns:
         Whether a state tensor was made.
     """
-    if not optimizer._keeps_step and not any(names):
+    kept = [name for name in names if name is not None]
+    if not optimizer._keeps_step and not kept:
         return False
     state = optimizer.state[param]
     if optimizer._keeps_step:
@@ -108,15 +108,20 @@ def complete(
         step = state.get("step")
         if not isinstance(step, Tensor) or step.device != device or step.dtype not in _COUNTERS:
             state["step"] = step_counter(0.0 if step is None else float(step), device)
-    like = dense_like(param)
+    storage = storage_of(group, param)
     new = False
-    for name in names:
-        if name is None:
-            continue
-        value = state.get(name)
-        if value is None or not _fits(value, param, like):
+    for name in kept:
+        if storage.quantized != (codes_key(name) in state):
+            _recode(state, name, storage, optimizer._is_signed(group, name))
+    for one in _wanted(optimizer, group, param, kept):
+        value = state.get(one.key)
+        if value is None or not one.fits(value):
             new = new or value is None
-            state[name] = _made(value, param, like, optimizer._initial(group))
+            if value is None and one.key == MASTER:
+                value = param
+            state[one.key] = one.made(value)
+    if not storage.master:
+        state.pop(MASTER, None)
     return new
 
 
@@ -137,42 +142,98 @@ _SMALL_BYTES = 65536
 _ALIGNED = 64  # elements; whole cache lines
 
 
-def _places(params: Sequence[Tensor]) -> tuple[list[int | None], dict[Any, int]]:
-    """Where in a shared buffer of its dtype and device the state of each parameter begins.
+@dataclass(frozen=True)
+class _Wanted:
+    """A tensor that a parameter's state must have."""
 
-    Returns:
-        An offset in elements for each parameter, None for a large one, and the size of the buffer
-        for each dtype and device.
-    """
-    sizes: dict[Any, int] = {}
-    places: list[int | None] = []
-    for param in params:
-        if param.nbytes > _SMALL_BYTES:
-            places.append(None)
-            continue
-        kind = (param.dtype, param.device)
-        begin = sizes.get(kind, 0)
-        places.append(begin)
-        sizes[kind] = begin + (param.numel() + _ALIGNED - 1) // _ALIGNED * _ALIGNED
-    return places, sizes
+    key: str
+    dtype: torch.dtype
+    device: torch.device
+    like: Tensor  # its shape and strides
+    initial: float
 
+    @property
+    def small(self) -> bool:
+        return self.like.numel() * self.dtype.itemsize <= _SMALL_BYTES
 
-def _fits(value: Tensor, param: Tensor, like: Tensor) -> bool:
-    return (
-        value.dtype == param.dtype
-        and value.device == param.device
-        and (value.stride() == like.stride() or lies_like(value, like))
-    )
-
-
-def _made(value: Tensor | None, param: Tensor, like: Tensor, initial: float) -> Tensor:
-    """New state, or ``value`` where there is one, as ``param`` with the strides of ``like``."""
-    # State made in inference mode could not be written outside.
-    with torch.inference_mode(False), torch.no_grad():
-        made = torch.empty_strided(
-            like.shape, like.stride(), dtype=param.dtype, device=param.device
+    def fits(self, value: Tensor) -> bool:
+        return (
+            value.dtype == self.dtype
+            and value.device == self.device
+            and (value.stride() == self.like.stride() or lies_like(value, self.like))
         )
-        return _filled(made, initial) if value is None else made.copy_(value)
+
+    def made(self, value: Tensor | None) -> Tensor:
+        """A new tensor, with the values of ``value`` where there is one."""
+        # State made in inference mode could not be written outside.
+        with torch.inference_mode(False), torch.no_grad():
+            shape, stride = self.like.shape, self.like.stride()
+            new = torch.empty_strided(shape, stride, dtype=self.dtype, device=self.device)
+            return _filled(new, self.initial) if value is None else new.copy_(value)
+
+
+def _wanted(
+    optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor, names: Sequence[str]
+) -> list[_Wanted]:
+    """All tensors of a parameter's state but the step, in the order of its keys."""
+    storage, like = storage_of(group, param), dense_like(param)
+    initial = optimizer._initial(group)
+    wanted = []
+    for name in names:
+        if isinstance(storage.state, torch.dtype):
+            wanted.append(_Wanted(name, storage.state, param.device, like, initial))
+            continue
+        signed = optimizer._is_signed(group, name)
+        blocks = torch.empty(-(-param.numel() // QUANTIZED_BLOCK), device="meta")
+        dtype, code = (torch.int8, 127) if signed else (torch.uint8, 255)
+        code = code if initial else 0
+        wanted += [
+            _Wanted(codes_key(name), dtype, param.device, like, code),
+            _Wanted(scales_key(name), torch.float32, param.device, blocks, initial),
+        ]
+    if storage.master:
+        wanted.append(_Wanted(MASTER, torch.float32, param.device, like, 0.0))
+    return wanted
+
+
+def _recode(state: dict[str, Any], name: str, storage: Storage, signed: bool) -> None:
+    """Bring a state, if it is there, from floating point to 8 bits or back."""
+    codes, scales = codes_key(name), scales_key(name)
+    if storage.quantized and state.get(name) is not None:
+        value = state.pop(name)
+        state[codes], state[scales] = quantized(
+            value if is_dense(value) else value.contiguous(), signed
+        )
+    elif not storage.quantized:
+        state[name] = dequantized(state.pop(codes), state.pop(scales))
+
+
+class _Buffers:
+    """One buffer for each key, dtype and device of the small tensors wanted, cut as they come."""
+
+    def __init__(self, wanted: Sequence[Sequence[_Wanted]]) -> None:
+        sizes: dict[Any, int] = {}
+        initials: dict[Any, float] = {}
+        for one in (one for of_param in wanted for one in of_param if one.small):
+            kind = (one.key, one.dtype, one.device)
+            sizes[kind] = sizes.get(kind, 0) + _aligned(one.like.numel())
+            initials[kind] = one.initial
+        self._buffers = {
+            kind: _filled(torch.empty(size, dtype=kind[1], device=kind[2]), initials[kind])
+            for kind, size in sizes.items()
+        }
+        self._used = dict.fromkeys(sizes, 0)
+
+    def next(self, one: _Wanted) -> Tensor:
+        """The next tensor of its kind."""
+        kind = (one.key, one.dtype, one.device)
+        begin = self._used[kind]
+        self._used[kind] += _aligned(one.like.numel())
+        return self._buffers[kind].as_strided(one.like.shape, one.like.stride(), begin)
+
+
+def _aligned(numel: int) -> int:
+    return (numel + _ALIGNED - 1) // _ALIGNED * _ALIGNED
 
 
 def _filled(tensor: Tensor, value: float) -> Tensor:

@@ -165,30 +165,19 @@ void update_variant(const StepTask& task, const Rule& rule, int64_t begin, int64
   }
 }
 
-// Sums squares of vectors. So many are summed in the accumulation type, then in double: sums of
-// many squares would lose digits in float32.
+// Sums squares of vectors, in double: squares of float32 overflow, and sums of many lose digits.
 template <class T>
 class SumOfSquares {
  public:
   EFFKERN_MEMBER void add(Vec<T> x) {
-    sum_ += x * x;
-    if (++added_ == kAtOnce) flush();
+    const Wide wide = __builtin_convertvector(x, Wide);
+    sum_ += wide * wide;
   }
-  EFFKERN_MEMBER double total() {
-    flush();
-    return total_;
-  }
+  EFFKERN_MEMBER double total() const { return sum_lanes(sum_); }
 
  private:
-  static constexpr int kAtOnce = 16;
-  EFFKERN_MEMBER void flush() {
-    total_ += static_cast<double>(sum_lanes(sum_));
-    sum_ = Vec<T>{};
-    added_ = 0;
-  }
-  Vec<T> sum_ = {};
-  double total_ = 0;
-  int added_ = 0;
+  using Wide = typename VectorOf<double, kLanes<T>* static_cast<int>(sizeof(double))>::Type;
+  Wide sum_ = {};
 };
 
 // Calls body(row, from, to, chunk) for the chunks [begin, end), counted through all tensors:
