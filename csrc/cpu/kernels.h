@@ -8,10 +8,11 @@
 
 namespace effkern::cpu {
 
-// One step of some rule over tensors of one dtype. `table` is laid out as common/multi_tensor.h
+// One step of some rule over parameters of one dtype. `table` is laid out as common/multi_tensor.h
 // says.
 struct StepTask {
-  DType dtype;
+  DType dtype;  // of parameters and gradients
+  Storage storage;
   bool steps_are_double;
   const int64_t* table;
   int64_t tensors;

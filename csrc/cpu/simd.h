@@ -40,6 +40,7 @@ struct VectorOf {
 };
 using Floats = VectorOf<float, EFFKERN_VECTOR_BYTES>::Type;
 using Doubles = VectorOf<double, EFFKERN_VECTOR_BYTES>::Type;
+using Ints = VectorOf<int32_t, EFFKERN_VECTOR_BYTES>::Type;
 using Words = VectorOf<uint32_t, EFFKERN_VECTOR_BYTES>::Type;
 using Halves = VectorOf<uint16_t, EFFKERN_VECTOR_BYTES / 2>::Type;
 

@@ -13,21 +13,23 @@ struct CpuSteps {
   template <class Rule>
   static void run_lists(const StepLists& lists, const StepKeywords& keywords, const Rule& rule) {
     const StepTable table = step_table(lists, rule);
-    run({table.dtype, table.steps.are_double, table.rows.data(), table.tensors(), 0, 1}, keywords,
-        rule);
+    run({table.dtype, table.storage, table.steps.are_double, table.rows.data(), table.tensors(), 0,
+         1},
+        keywords, rule);
   }
 
   template <class Rule>
   static void run_plan(const PlanArguments& plan, const StepKeywords& keywords, const Rule& rule) {
     const PlanHeader header(plan.layouts);
-    run({header.dtype(), header.steps().are_double, planned_table(plan.table), plan.table.size(0),
-         0, 1},
+    run({header.dtype(), header.storage(), header.steps().are_double, planned_table(plan.table),
+         plan.table.size(0), 0, 1},
         keywords, rule);
   }
 
  private:
   template <class Rule>
   static void run(cpu::StepTask task, const StepKeywords& keywords, const Rule& rule) {
+    check_storage(task.storage, task.dtype);
     for (const auto* tensor :
          {&keywords.lr_tensor, &keywords.grad_scale, &keywords.found_inf, &keywords.squares}) {
       STD_TORCH_CHECK(!*tensor || (*tensor)->is_cpu(),
@@ -63,14 +65,14 @@ void put_squares(const Tensor& squares, int64_t place, const cpu::StepTask& task
 
 void squares(const Tensor& squares, int64_t place, const std::vector<Tensor>& grads) {
   const StepTable table = gradient_table(grads);
-  put_squares(squares, place, {table.dtype, false, table.rows.data(), table.tensors(), 0, 1});
+  put_squares(squares, place, {table.dtype, {}, false, table.rows.data(), table.tensors(), 0, 1});
 }
 
 void squares_planned(const Tensor& table, const Tensor& device_table, const Tensor& chunks,
                      const Tensor& layouts, bool moved, const Tensor& squares, int64_t place) {
   (void)device_table, (void)chunks, (void)moved;  // a GPU's
   const DType dtype = PlanHeader(layouts).dtype();
-  put_squares(squares, place, {dtype, false, planned_table(table), table.size(0), 0, 1});
+  put_squares(squares, place, {dtype, {}, false, planned_table(table), table.size(0), 0, 1});
 }
 
 }  // namespace

@@ -1,12 +1,12 @@
 // clang-format off: the vectors' functions must be declared before the formulas
 #include "cpu/kernels/isa.h"
-#include "cpu/kernels/step.h"
+#include "cpu/kernels/mixed.h"
 // clang-format on
 
 namespace effkern::cpu::EFFKERN_ISA {
 
 void adagrad(const StepTask& task, const Adagrad& rule, int64_t begin, int64_t end) {
-  step(task, rule, begin, end);
+  any_step(task, rule, begin, end);
 }
 
 }  // namespace effkern::cpu::EFFKERN_ISA

@@ -3,7 +3,7 @@
 // states: 24 bytes an element of float32 and 16.
 // clang-format off: the vectors' functions must be declared before the formulas
 #include "cpu/kernels/isa.h"
-#include "cpu/kernels/step.h"
+#include "cpu/kernels/mixed.h"
 // clang-format on
 
 namespace effkern::cpu::EFFKERN_ISA {
@@ -88,16 +88,78 @@ void apply(const StepTask& task, const Lamb& rule, const double* ratios, int64_t
   }
 }
 
+// ---- where not all is stored in the parameters' dtype ----
+
+void sum_block(const Block<Lamb>& block, int64_t count, const Lamb::Scalars<float>& scalars,
+               SumOfSquares<float>& params, SumOfSquares<float>& directions) {
+  for (int64_t i = 0; i < count; i += kLanes<float>) {
+    const Floats param = load(block.param.of + i);
+    const Floats state[kMostStates] = {load(block.state[0].of + i), load(block.state[1].of + i)};
+    Floats direction = Lamb::direction(param, state, scalars);
+    for (int64_t lane = count - i; lane < kLanes<float>; ++lane) direction[lane] = 0;
+    params.add(param);
+    directions.add(direction);
+  }
+}
+
+void advance_mixed(const StepTask& task, const Lamb& rule, double* squares, int64_t begin,
+                   int64_t end) {
+  ScalarsOf<Lamb, float> all_scalars(task, rule);
+  Block<Lamb> block(task, rule);
+  for_each_chunk(task, begin, end, [&](const int64_t* row, int64_t from, int64_t to, int64_t c) {
+    const auto& scalars = all_scalars.at(row);
+    SumOfSquares<float> params, directions;
+    for (int64_t b = from; b < to; b += kBlock) {
+      const int64_t count = to - b < kBlock ? to - b : kBlock;
+      block.load_param(row, b, count);
+      block.load_grad(row, b, count);
+      block.load_states(row, b, count);
+      for (int64_t i = 0; i < count; i += kLanes<float>) {
+        Floats state[kMostStates] = {load(block.state[0].of + i), load(block.state[1].of + i)};
+        Lamb::advance(load(block.grad.of + i), state, scalars);
+        store(block.state[0].of + i, state[0]);
+        store(block.state[1].of + i, state[1]);
+      }
+      block.store_states(row, b, count);
+      block.load_states(row, b, count);  // as the second pass will read them
+      sum_block(block, count, scalars, params, directions);
+    }
+    squares[2 * c] = params.total();
+    squares[2 * c + 1] = directions.total();
+  });
+}
+
+void apply_mixed(const StepTask& task, const Lamb& rule, const double* ratios, int64_t begin,
+                 int64_t end) {
+  ScalarsOf<Lamb, float> all_scalars(task, rule);
+  Block<Lamb> block(task, rule);
+  for_each_block(task, begin, end, [&](const int64_t* row, int64_t from, int64_t count) {
+    const auto& scalars = all_scalars.at(row);
+    const float step_size =
+        static_cast<float>(task.lr * ratios[(row - task.table) / kTableColumns]);
+    block.load_param(row, from, count);
+    block.load_states(row, from, count);
+    for (int64_t i = 0; i < count; i += kLanes<float>) {
+      const Floats param = load(block.param.of + i);
+      const Floats state[kMostStates] = {load(block.state[0].of + i), load(block.state[1].of + i)};
+      store(block.param.of + i, param - Lamb::direction(param, state, scalars) * step_size);
+    }
+    block.store_param(row, from, count, all_scalars.step());
+  });
+}
+
 }  // namespace
 
 void lamb_advance(const StepTask& task, const Lamb& rule, double* squares, int64_t begin,
                   int64_t end) {
+  if (!task.storage.plain()) return advance_mixed(task, rule, squares, begin, end);
   with_type(task.dtype,
             [&](auto type) { advance<decltype(type)>(task, rule, squares, begin, end); });
 }
 
 void lamb_apply(const StepTask& task, const Lamb& rule, const double* ratios, int64_t begin,
                 int64_t end) {
+  if (!task.storage.plain()) return apply_mixed(task, rule, ratios, begin, end);
   with_type(task.dtype, [&](auto type) { apply<decltype(type)>(task, rule, ratios, begin, end); });
 }
 

@@ -51,6 +51,8 @@ class ScalarsOf {
     }
     return scalars_;
   }
+  // The number of the step that `at` gave them for.
+  double step() const { return step_; }
 
  private:
   const StepTask& task_;

@@ -175,12 +175,17 @@ def lamb(
     eps: float,
     weight_decay: float,
     maximize: bool,
+    as_stored: Callable[[States], States],
 ) -> tuple[Tensor, States]:
-    """You et al. (2020), Algorithm 2; the trust ratio is 1 where a norm is 0."""
+    """You et al. (2020), Algorithm 2; the trust ratio is 1 where a norm is 0.
+
+    The direction comes from the states as they are stored, since kernels read them twice.
+    """
     exp_avg, exp_avg_sq = states
     g = _signed_and_decayed(g, p, maximize, 0.0)
     exp_avg = beta1 * exp_avg + (1 - beta1) * g
     exp_avg_sq = exp_avg_sq * beta2 + (1 - beta2) * g * g
+    exp_avg, exp_avg_sq = as_stored([exp_avg, exp_avg_sq])
     r = exp_avg / (1 - beta1**t) / ((exp_avg_sq / (1 - beta2**t)).sqrt() + eps)
     if weight_decay != 0:
         r = r + weight_decay * p
@@ -265,17 +270,29 @@ def step_(
         for s in kept:
             stored = states[s][i]
             wide[s] = dequantized(stored, scale_of[s]) if scale_of else stored.to(acc)
-        updated, new = _RULES[rule](source.to(acc), g, wide, t, rate, **options)
+
+        def as_stored(
+            new: States, i: int = i, acc: torch.dtype = acc, scale_of: dict[int, Tensor] = scale_of
+        ) -> States:
+            """Put the states where they are kept, and give them back as they are read."""
+            for s in kept:
+                if scale_of:
+                    codes, block_scales = quantized(new[s], signed[s])
+                    states[s][i].copy_(codes)
+                    scale_of[s].copy_(block_scales)
+                    new[s] = dequantized(codes, block_scales)
+                else:
+                    states[s][i].copy_(new[s])
+                    new[s] = states[s][i].to(acc)
+            return new
+
+        extra = {"as_stored": as_stored} if rule == "lamb" else {}
+        updated, new = _RULES[rule](source.to(acc), g, wide, t, rate, **options, **extra)
         if masters:
             masters[i].copy_(updated)
         param.copy_(stochastically_rounded(updated, keys[i], t) if keys else updated)
-        for s in kept:
-            if scale_of:
-                codes, block_scales = quantized(new[s], signed[s])
-                states[s][i].copy_(codes)
-                scale_of[s].copy_(block_scales)
-            else:
-                states[s][i].copy_(new[s])
+        if rule != "lamb":
+            as_stored(new)
 
 
 def squares_(squares: Tensor, place: int, grads: list[Tensor]) -> None:

@@ -1,0 +1,305 @@
+// A step whose tensors are stored in other dtypes than the parameters': blocks of values are
+// brought to float32 beside each other in the first-level cache, updated there, and stored.
+// Included by step.h's users; accumulation is float32 throughout.
+#pragma once
+
+#include "cpu/kernels/step.h"
+#include "math/quantize.h"
+#include "math/rounding.h"
+
+namespace effkern::cpu::EFFKERN_ISA {
+namespace {
+
+constexpr int64_t kBlock = kQuantizedBlock;
+static_assert(kChunk % kBlock == 0 && kBlock % kLanes<float> == 0);
+
+// One block of a tensor's values; behind its end they are 0.
+struct Values {
+  alignas(64) float of[kBlock];
+};
+
+// ---- floating-point storage ----
+
+template <class T>
+void widen(const T* from, int64_t count, Values& to) {
+  int64_t i = 0;
+  for (; i + kLanes<float> <= count; i += kLanes<float>) store(to.of + i, load(from + i));
+  if (i < count) {
+    store(to.of + i, load_first(from + i, count - i));
+    i += kLanes<float>;
+  }
+  for (; i < kBlock; i += kLanes<float>) store(to.of + i, Floats{});
+}
+
+template <class T>
+void narrow(const Values& from, int64_t count, T* to) {
+  int64_t i = 0;
+  for (; i + kLanes<float> <= count; i += kLanes<float>) store(to + i, load(from.of + i));
+  if (i < count) store_first(to + i, load(from.of + i), count - i);
+}
+
+// ---- stochastic rounding ----
+
+EFFKERN_INLINE Words lane_numbers() {
+  Words lanes = {};
+  for (uint32_t i = 0; i < kLanes<float>; ++i) lanes[i] = i;
+  return lanes;
+}
+
+// `index` is that of the block's first element in its tensor.
+inline void narrow_stochastically(const Values& from, int64_t count, uint32_t seed, int64_t index,
+                                  BFloat16* to) {
+  const uint64_t first = static_cast<uint64_t>(index);
+  const uint32_t stream = rounding_stream(seed, static_cast<uint32_t>(first >> 32));
+  Words lower = lane_numbers() + static_cast<uint32_t>(first);
+  for (int64_t i = 0; i < count;
+       i += kLanes<float>, lower += static_cast<uint32_t>(kLanes<float>)) {
+    const Floats x = load(from.of + i);
+    const Words bits = bit_cast<Words>(x);
+    const Words rounded = round_stochastically(bits, random_bits(stream, lower));
+    const Words nearest = __builtin_convertvector(to_bfloat16(x), Words);
+    const Words finite = bit_cast<Words>((bits & 0x7f800000u) != 0x7f800000u);
+    const Halves chosen = __builtin_convertvector((rounded & finite) | (nearest & ~finite), Halves);
+    const int64_t left = count - i;
+    __builtin_memcpy(to + i, &chosen,
+                     static_cast<size_t>(left < kLanes<float> ? left : kLanes<float>) * 2);
+  }
+}
+
+// ---- states in 8 bits ----
+
+template <class Code>
+using Codes = typename VectorOf<Code, EFFKERN_VECTOR_BYTES / 4>::Type;
+
+EFFKERN_INLINE Floats magnitude(Floats x) {
+  return bit_cast<Floats>(bit_cast<Words>(x) & 0x7fffffffu);
+}
+
+// Floating-point numbers of magnitude below 2^22, to the nearest integer, ties to even.
+EFFKERN_INLINE Ints nearest(Floats x) { return bit_cast<Ints>(x + 12582912.0f) - 0x4b400000; }
+
+template <class Code>
+void dequantize(const Code* codes, float scale, int64_t count, Values& to) {
+  constexpr bool kSigned = static_cast<Code>(-1) < 0;
+  Code padded[kBlock] = {};
+  if (count < kBlock) {
+    __builtin_memcpy(padded, codes, static_cast<size_t>(count));
+    codes = padded;
+  }
+  for (int64_t i = 0; i < kBlock; i += kLanes<float>) {
+    Codes<Code> packed;
+    __builtin_memcpy(&packed, codes + i, sizeof(packed));
+    const Floats code = __builtin_convertvector(__builtin_convertvector(packed, Ints), Floats);
+    store(to.of + i, kSigned ? signed_value(code, scale) : unsigned_value(code, scale));
+  }
+}
+
+template <class Code>
+void quantize(const Values& from, int64_t count, Code* codes, float* scale) {
+  constexpr bool kSigned = static_cast<Code>(-1) < 0;
+  Floats most = {};
+  for (int64_t i = 0; i < kBlock; i += kLanes<float>) {
+    most = larger(most, kSigned ? magnitude(load(from.of + i)) : load(from.of + i));
+  }
+  float largest = 0;
+  for (int64_t i = 0; i < kLanes<float>; ++i)
+    largest = larger(largest, static_cast<float>(most[i]));
+  *scale = largest;
+  const float factor = largest == 0 ? 0 : kSigned ? 127 / largest : 255 / square_root(largest);
+  alignas(64) Code made[kBlock];
+  for (int64_t i = 0; i < kBlock; i += kLanes<float>) {
+    const Floats x = load(from.of + i);
+    Floats code;
+    if constexpr (kSigned) {
+      code = signed_code(x, factor);
+    } else {
+      code = unsigned_code(x, factor);
+      code = (x > 0) & (code < 1) ? Floats{} + 1 : code;
+    }
+    const Codes<Code> packed = __builtin_convertvector(nearest(code), Codes<Code>);
+    __builtin_memcpy(made + i, &packed, sizeof(packed));
+  }
+  __builtin_memcpy(codes, made, static_cast<size_t>(count));
+}
+
+// ---- a block of all of a tensor's arrays ----
+
+template <class Rule>
+class Block {
+ public:
+  Values param, grad, state[kMostStates];
+
+  Block(const StepTask& task, const Rule& rule) : task_(task), variant_(rule.variant()) {}
+
+  // Elements [begin, begin + count) of the tensor of `row`; count is at most kBlock.
+  void load_states(const int64_t* row, int64_t begin, int64_t count) {
+    for (int s = 0; s < kMostStates; ++s) {
+      if (Rule::has_state(variant_, s)) load_state(row, s, begin, count);
+    }
+  }
+  void load_param(const int64_t* row, int64_t begin, int64_t count) {
+    if (task_.storage.masters) {
+      widen(address<float>(row, kMaster) + begin, count, param);
+    } else {
+      load_as_param(row, kParam, begin, count, param);
+    }
+  }
+  void load_grad(const int64_t* row, int64_t begin, int64_t count) {
+    load_as_param(row, kGrad, begin, count, grad);
+    const float factor = static_cast<float>(task_.factor);
+    if (factor == 1) return;
+    for (float& one : grad.of) one *= factor;
+  }
+
+  void store_states(const int64_t* row, int64_t begin, int64_t count) const {
+    for (int s = 0; s < kMostStates; ++s) {
+      if (Rule::has_state(variant_, s)) store_state(row, s, begin, count);
+    }
+  }
+  void store_param(const int64_t* row, int64_t begin, int64_t count, double t) const {
+    if (task_.storage.masters) narrow(param, count, address<float>(row, kMaster) + begin);
+    if (task_.storage.stochastic) {
+      narrow_stochastically(param, count, rounding_seed(row[kKey], t), begin,
+                            address<BFloat16>(row, kParam) + begin);
+    } else {
+      store_as_param(row, kParam, begin, count, param);
+    }
+  }
+
+ private:
+  void load_as_param(const int64_t* row, int64_t column, int64_t begin, int64_t count,
+                     Values& to) const {
+    switch (task_.dtype) {
+      case DType::kFloat64:  // never comes here
+      case DType::kFloat32:
+        return widen(address<float>(row, column) + begin, count, to);
+      case DType::kBFloat16:
+        return widen(address<BFloat16>(row, column) + begin, count, to);
+      case DType::kFloat16:
+        return widen(address<Float16>(row, column) + begin, count, to);
+    }
+  }
+  void store_as_param(const int64_t* row, int64_t column, int64_t begin, int64_t count,
+                      const Values& from) const {
+    switch (task_.dtype) {
+      case DType::kFloat64:
+      case DType::kFloat32:
+        return narrow(from, count, address<float>(row, column) + begin);
+      case DType::kBFloat16:
+        return narrow(from, count, address<BFloat16>(row, column) + begin);
+      case DType::kFloat16:
+        return narrow(from, count, address<Float16>(row, column) + begin);
+    }
+  }
+
+  void load_state(const int64_t* row, int s, int64_t begin, int64_t count) {
+    const int64_t column = kState0 + s;
+    switch (task_.storage.state) {
+      case StateType::kAsParam:
+        return load_as_param(row, column, begin, count, state[s]);
+      case StateType::kFloat32:
+        return widen(address<float>(row, column) + begin, count, state[s]);
+      case StateType::kBFloat16:
+        return widen(address<BFloat16>(row, column) + begin, count, state[s]);
+      case StateType::kInt8: {
+        const float scale = address<float>(row, kScale0 + s)[begin / kBlock];
+        if (Rule::is_signed(s)) {
+          return dequantize(address<int8_t>(row, column) + begin, scale, count, state[s]);
+        }
+        return dequantize(address<uint8_t>(row, column) + begin, scale, count, state[s]);
+      }
+    }
+  }
+  void store_state(const int64_t* row, int s, int64_t begin, int64_t count) const {
+    const int64_t column = kState0 + s;
+    switch (task_.storage.state) {
+      case StateType::kAsParam:
+        return store_as_param(row, column, begin, count, state[s]);
+      case StateType::kFloat32:
+        return narrow(state[s], count, address<float>(row, column) + begin);
+      case StateType::kBFloat16:
+        return narrow(state[s], count, address<BFloat16>(row, column) + begin);
+      case StateType::kInt8: {
+        float* const scale = address<float>(row, kScale0 + s) + begin / kBlock;
+        if (Rule::is_signed(s)) {
+          return quantize(state[s], count, address<int8_t>(row, column) + begin, scale);
+        }
+        return quantize(state[s], count, address<uint8_t>(row, column) + begin, scale);
+      }
+    }
+  }
+
+  const StepTask& task_;
+  int variant_;
+};
+
+template <class Rule, int kVariant>
+void update_block(Block<Rule>& block, int64_t count,
+                  const typename Rule::template Scalars<float>& scalars) {
+  for (int64_t i = 0; i < count; i += kLanes<float>) {
+    Floats param = load(block.param.of + i), state[kMostStates] = {};
+    for (int s = 0; s < kMostStates; ++s) {
+      if (Rule::has_state(kVariant, s)) state[s] = load(block.state[s].of + i);
+    }
+    Rule::template update<kVariant>(param, load(block.grad.of + i), state, scalars);
+    store(block.param.of + i, param);
+    for (int s = 0; s < kMostStates; ++s) {
+      if (Rule::has_state(kVariant, s)) store(block.state[s].of + i, state[s]);
+    }
+  }
+  // What a formula makes of the zeros behind the end must not be taken for values.
+  for (int s = 0; s < kMostStates; ++s) {
+    for (int64_t i = count; i < kBlock && Rule::has_state(kVariant, s); ++i)
+      block.state[s].of[i] = 0;
+  }
+}
+
+// Calls body(row, begin, count) for each block of the elements [begin, end), counted through all
+// tensors; a block belongs to whoever has its first element.
+template <class Body>
+EFFKERN_INLINE void for_each_block(const StepTask& task, int64_t begin, int64_t end,
+                                   const Body& body) {
+  int64_t first = 0;  // the number of elements in the tensors before this one
+  for (int64_t i = 0; i < task.tensors && first < end; ++i) {
+    const int64_t* const row = task.table + i * kTableColumns;
+    const int64_t numel = row[kNumel];
+    const int64_t from = begin > first ? (begin - first + kBlock - 1) / kBlock * kBlock : 0;
+    const int64_t to = end - first < numel ? end - first : numel;
+    for (int64_t b = from; b < to; b += kBlock) {
+      body(row, b, numel - b < kBlock ? numel - b : kBlock);
+    }
+    first += numel;
+  }
+}
+
+template <class Rule, int kVariant>
+void mixed(const StepTask& task, const Rule& rule, int64_t begin, int64_t end) {
+  ScalarsOf<Rule, float> scalars(task, rule);
+  Block<Rule> block(task, rule);
+  for_each_block(task, begin, end, [&](const int64_t* row, int64_t from, int64_t count) {
+    block.load_param(row, from, count);
+    block.load_grad(row, from, count);
+    block.load_states(row, from, count);
+    update_block<Rule, kVariant>(block, count, scalars.at(row));
+    block.store_states(row, from, count);
+    block.store_param(row, from, count, scalars.step());
+  });
+}
+
+template <class Rule, int kVariant = 0>
+void mixed_variant(const StepTask& task, const Rule& rule, int64_t begin, int64_t end) {
+  if (rule.variant() == kVariant) return mixed<Rule, kVariant>(task, rule, begin, end);
+  if constexpr (kVariant + 1 < Rule::kVariants) {
+    mixed_variant<Rule, kVariant + 1>(task, rule, begin, end);
+  }
+}
+
+// A step in whatever way its tensors are stored.
+template <class Rule>
+void any_step(const StepTask& task, const Rule& rule, int64_t begin, int64_t end) {
+  if (task.storage.plain()) return step(task, rule, begin, end);
+  mixed_variant(task, rule, begin, end);
+}
+
+}  // namespace
+}  // namespace effkern::cpu::EFFKERN_ISA

@@ -1,0 +1,342 @@
+"""States in other dtypes and in 8 bits, masters, stochastic rounding: every rule and backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from effkern.backends.reference.quantize import dequantized, quantized
+from effkern.backends.reference.rounding import stochastically_rounded
+from tests.support.backends import Backend
+from tests.support.rules import RULES, Rule, random_tensors
+
+rules = pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES: list[int | tuple[int, ...]] = [0, (), 5, 255, 256, 257, (3, 100), 1100]
+
+
+class Stored:
+    """One parameter's or many parameters' tensors, stored in any way.
+
+    Args:
+        rule: whose states they have.
+        dtype: of parameters and gradients.
+        state: a dtype, or "int8".
+        options: for which states are kept.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        sizes: list[Any],
+        dtype: torch.dtype,
+        device: str,
+        state: Any,
+        options: dict[str, Any],
+        *,
+        masters: bool = False,
+        keys: bool = False,
+        steps: tuple[float, ...] = (3.0,),
+    ) -> None:
+        self.rule, self.options, self.quantized = rule, options, state == "int8"
+        plain = random_tensors(rule, sizes, torch.float32, device, steps=steps)
+        self.params = [p.to(dtype) for p in plain.params]
+        self.grads = [g.to(dtype) for g in plain.grads]
+        self.steps = plain.steps
+        self.kept = rule.kept(options)
+        self.states: list[list[Tensor]] = []
+        self.scales: list[Tensor] = []
+        for one, keep, signed in zip(plain.states, self.kept, rule.ops.signed, strict=True):
+            if not keep:
+                self.states.append([])
+            elif self.quantized:
+                pairs = [quantized(t, signed) for t in one]
+                self.states.append([codes for codes, _ in pairs])
+                self.scales += [scales for _, scales in pairs]
+            else:
+                self.states.append([t.to(state) for t in one])
+        # Masters hold more digits than their parameters.
+        self.masters = [p.float() * 1.001 for p in self.params] if masters else []
+        self.keys = [7919 * (i + 1) << 20 for i in range(len(sizes))] if keys else []
+
+    def clone(self) -> Stored:
+        other = object.__new__(Stored)
+        other.__dict__.update(self.__dict__)
+        for name in ("params", "grads", "steps", "scales", "masters"):
+            setattr(other, name, [t.clone() for t in getattr(self, name)])
+        other.states = [[t.clone() for t in one] for one in self.states]
+        return other
+
+    def step(self, kernel: Any, **more: Any) -> None:
+        kernel(
+            self.params,
+            self.grads,
+            *self.states,
+            self.steps if self.rule.counts or self.keys else [],
+            self.masters,
+            self.scales,
+            self.keys,
+            **{**self.options, **more},
+        )
+
+    def values(self) -> list[list[Tensor]]:
+        """The states as float32 values."""
+        count, found, k = len(self.params), [], 0
+        for one in self.states:
+            if one and self.quantized:
+                scales = self.scales[k * count : (k + 1) * count]
+                found.append([dequantized(c, s) for c, s in zip(one, scales, strict=True)])
+                k += 1
+            else:
+                found.append([t.float() for t in one])
+        return found
+
+
+def compare(rule: Rule, mine: Stored, right: Stored) -> None:
+    """Equal to the reference, but for one code where a value lies between two."""
+    for a, b in zip(mine.steps, right.steps, strict=True):
+        assert a.item() == b.item()
+    # LAMB's direction comes from the states as stored, where two roundings may differ.
+    loose = rule.name == "lamb"
+    for a, b in zip(mine.masters, right.masters, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-2 if loose else 1e-6)
+    for a, b in zip(mine.scales, right.scales, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8, equal_nan=True)
+    for one, other in zip(mine.states, right.states, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert a.dtype == b.dtype
+            if mine.quantized:
+                off = (a.int() - b.int()).abs()
+                assert off.numel() == 0 or off.max() <= 1
+                assert (off > 0).sum() <= 1 + off.numel() // 50
+            else:
+                eps = torch.finfo(a.dtype).eps
+                torch.testing.assert_close(a, b, rtol=max(eps, 1e-5), atol=1e-6)
+    for a, b in zip(mine.params, right.params, strict=True):
+        eps = torch.finfo(a.dtype).eps
+        torch.testing.assert_close(
+            a.float(), b.float(), rtol=1e-2 if loose else eps, atol=1e-2 if loose else 1e-5
+        )
+
+
+def both(rule: Rule, stored: Stored, **more: Any) -> tuple[Stored, Stored]:
+    right = stored.clone()
+    (kernel,) = rule.ops.from_lists(stored.params[0])
+    stored.step(kernel, **more)
+    right.step(getattr(torch.ops.effkern, f"_{rule.name}_").reference, **more)
+    return stored, right
+
+
+@rules
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, "int8"], ids=str)
+@pytest.mark.parametrize("masters", [False, True])
+def test_against_the_reference(
+    backend: Backend, rule: Rule, dtype: torch.dtype, state: Any, masters: bool
+) -> None:
+    if masters and dtype is torch.float32:
+        pytest.skip("a float32 parameter needs no master")
+    sizes = [0, (), 300] if backend.slow else SIZES
+    for changed in rule.branches[:1] if backend.slow else rule.branches:
+        options = {**rule.options, **changed}
+        stored = Stored(rule, sizes, dtype, backend.device, state, options, masters=masters)
+        for _ in range(1 if backend.slow else 2):
+            mine, right = both(rule, stored)
+            compare(rule, mine, right)
+            stored = right
+
+
+@rules
+@pytest.mark.parametrize("state", [torch.bfloat16, "int8"], ids=str)
+@pytest.mark.parametrize("masters", [False, True])
+def test_stochastic_rounding_against_the_reference(
+    backend: Backend, rule: Rule, state: Any, masters: bool
+) -> None:
+    """The same random bits: nearly all parameters are bit for bit the same."""
+    sizes = [(), 300] if backend.slow else SIZES
+    stored = Stored(
+        rule,
+        sizes,
+        torch.bfloat16,
+        backend.device,
+        state,
+        rule.options,
+        masters=masters,
+        keys=True,
+    )
+    mine, right = both(rule, stored)
+    if rule.name != "lamb":
+        compare(rule, mine, right)
+    same = torch.cat([(a == b).reshape(-1) for a, b in zip(mine.params, right.params, strict=True)])
+    assert same.float().mean() > 0.95
+
+
+def test_stochastic_rounding_keeps_the_mean(backend: Backend) -> None:
+    """100,000 parameters that SGD moves a quarter of the way to the next bfloat16 number."""
+    (sgd,) = (rule for rule in RULES if rule.name == "sgd")
+    count = 2000 if backend.slow else 100_000
+    options = {**sgd.options, "momentum": 0.0, "weight_decay": 0.0, "lr": 1.0}
+    spacing = 2.0**-7
+    stored = Stored(
+        sgd, [count], torch.bfloat16, backend.device, torch.bfloat16, options, keys=True
+    )
+    stored.params[0].fill_(1.0)
+    stored.grads[0].fill_(-spacing / 4)
+    (kernel,) = sgd.ops.from_lists(stored.params[0])
+    first = stored.clone()
+    stored.step(kernel)
+    up = (stored.params[0] > 1).float()
+    assert set(stored.params[0].float().tolist()) == {1.0, 1.0 + spacing}
+    deviation = (0.25 * 0.75 / count) ** 0.5
+    assert abs(up.mean().item() - 0.25) < 4 * deviation
+    # Reproducible; other at another step, for another key, and without pattern in memory.
+    again = first.clone()
+    again.step(kernel)
+    assert torch.equal(again.params[0], stored.params[0])
+    for change in ("steps", "keys"):
+        other = first.clone()
+        if change == "steps":
+            other.steps[0] += 1
+        else:
+            other.keys = [first.keys[0] + 1]
+        other.step(kernel)
+        differ = (other.params[0] != stored.params[0]).float().mean().item()
+        assert abs(differ - 2 * 0.25 * 0.75) < 0.05
+    neighbours = (up[1:] * up[:-1]).mean().item()
+    assert abs(neighbours - 0.0625) < 0.02
+
+
+def test_infinities_are_rounded_as_they_are(backend: Backend) -> None:
+    (sgd,) = (rule for rule in RULES if rule.name == "sgd")
+    options = {**sgd.options, "momentum": 0.0, "weight_decay": 0.0, "lr": 1.0}
+    stored = Stored(sgd, [8], torch.bfloat16, backend.device, torch.bfloat16, options, keys=True)
+    for place, value in enumerate((float("inf"), float("-inf"), float("nan"))):
+        stored.params[0][place] = value
+    mine, right = both(sgd, stored)
+    assert torch.equal(mine.params[0].isnan(), right.params[0].isnan())
+    assert mine.params[0][:2].tolist() == [float("inf"), float("-inf")]
+
+
+@rules
+def test_infinities_in_a_quantised_block_are_not_hidden(backend: Backend, rule: Rule) -> None:
+    stored = Stored(rule, [600], torch.float32, backend.device, "int8", rule.options)
+    stored.grads[0][300] = float("inf")
+    mine, _ = both(rule, stored)
+    values = mine.values()
+    for one, keep in zip(values, mine.kept, strict=True):
+        if keep:
+            assert one[0][:256].isfinite().all()
+            assert not one[0][256:512].isfinite().all()
+            assert one[0][512:].isfinite().all()
+
+
+@rules
+def test_clipping_and_scale_reach_mixed_kernels(backend: Backend, rule: Rule) -> None:
+    """Clipped to half their norm, gradients scaled by 4 act like halves of the plain ones."""
+    plain = Stored(rule, [300], torch.float32, backend.device, "int8", rule.options)
+    clipped = plain.clone()
+    squares = torch.tensor(
+        [1.0, (4 * plain.grads[0]).double().square().sum().item() - 1.0],
+        dtype=torch.float64,
+        device=backend.device,
+    )
+    norm = plain.grads[0].norm().item()
+    plain.grads[0] *= 0.5
+    clipped.grads[0] *= 4
+    (kernel,) = rule.ops.from_lists(plain.params[0])
+    plain.step(kernel)
+    scale = torch.tensor(4.0, device=backend.device)
+    clipped.step(kernel, grad_scale=scale, squares=squares, max_norm=norm / 2)
+    compare(rule, clipped, plain)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_bounds_of_the_maps(signed: bool) -> None:
+    """math/quantize.h promises them; and a value that is not 0 does not become 0 unsigned."""
+    torch.manual_seed(0)
+    exponents = torch.randint(-30, 1, (4096,)).float()
+    values = torch.randn(4096) * 2.0**exponents
+    values = values if signed else values.abs()
+    values[:256] = 0.0
+    codes, scales = quantized(values, signed)
+    back = dequantized(codes, scales)
+    most = scales.repeat_interleave(256)
+    assert torch.equal(back[:256], values[:256])
+    if signed:
+        assert ((back - values).abs() <= most / 254 * 1.0001).all()
+    else:
+        assert ((back > 0) == (values > 0)).all()
+        assert ((back.sqrt() - values.sqrt()).abs() <= most.sqrt() / 255 * 1.0001).all()
+        large = values.sqrt() >= most.sqrt() / 510
+        off = (back.sqrt() - values.sqrt()).abs()[large]
+        assert (off <= most.sqrt()[large] / 510 * 1.0001).all()
+
+
+def test_the_reference_of_rounding() -> None:
+    """Between the two neighbours; exact values stay; the random bits are the documented hash."""
+    values = torch.randn(5000) * 2.0 ** torch.randint(-100, 100, (5000,))
+    rounded = stochastically_rounded(values, -12345, 7.0).float()
+    down = (values.view(torch.int32) & -65536).view(torch.float32)
+    up = ((values.view(torch.int32) & -65536) + 65536).view(torch.float32)
+    assert ((rounded == down) | (rounded == up)).all()
+    exact = values.bfloat16().float()
+    assert torch.equal(stochastically_rounded(exact, 1, 1.0).float(), exact)
+
+    def mix(x: int) -> int:
+        x ^= x >> 16
+        x = x * 0x7FEB352D & 0xFFFFFFFF
+        x ^= x >> 15
+        x = x * 0x846CA68B & 0xFFFFFFFF
+        return x ^ x >> 16
+
+    key = -12345 & 2**64 - 1
+    seed = mix(mix(mix(key & 0xFFFFFFFF) ^ key >> 32) ^ 7)
+    for i in (0, 1, 4999):
+        random = mix((i * 0x9E3779B9 + (seed ^ mix(0))) & 0xFFFFFFFF)
+        bits = values[i : i + 1].view(torch.int32).item() & 0xFFFFFFFF
+        expected = (bits + (random & 0xFFFF)) >> 16
+        assert rounded[i : i + 1].view(torch.int32).item() & 0xFFFFFFFF == expected << 16
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "masters of another dtype": (
+        lambda s: s.masters.__setitem__(0, s.masters[0].double()),
+        "masters",
+    ),
+    "too few masters": (lambda s: s.masters.pop(), "masters has 1 tensors"),
+    "too few scales": (lambda s: s.scales.pop(), "scales"),
+    "too short scales": (lambda s: s.scales.__setitem__(1, s.scales[1][:1]), "scales"),
+    "too few keys": (lambda s: s.keys.pop(), "rounding_keys"),
+    "unsigned codes of a signed state": (
+        lambda s: s.states[0].__setitem__(0, s.states[0][0].to(torch.uint8)),
+        "exp_avgs",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_and_nothing_written(backend: Backend, case: str) -> None:
+    if backend.name == "reference":
+        pytest.skip("the definition is called with what fits")
+    rule = RULES[0]
+    spoil, message = REFUSED[case]
+    stored = Stored(
+        rule,
+        [5, 300],
+        torch.bfloat16,
+        backend.device,
+        "int8",
+        rule.options,
+        masters=True,
+        keys=True,
+    )
+    before = stored.clone()
+    spoil(stored)
+    (kernel,) = rule.ops.from_lists(stored.params[0])
+    with pytest.raises(RuntimeError, match=message):
+        stored.step(kernel)
+    assert all(map(torch.equal, stored.params, before.params))
+    assert all(map(torch.equal, stored.steps, before.steps))
