@@ -23,7 +23,7 @@ def test_a_cpu_tensor_needs_the_interpreter() -> None:
         rms_norm_forward(torch.ones(2, 8), None, None, 1, 1e-6)
     tensors, steps = [torch.ones(3)], [torch.zeros(())]
     with pytest.raises(RuntimeError, match=message):
-        step_("adagrad", tensors, tensors, tensors, steps, **ADAGRAD)
+        step_("adagrad", tensors, tensors, tensors, steps, [], [], [], **ADAGRAD)
     assert torch.equal(tensors[0], torch.ones(3))
     assert steps[0] == 0
 
@@ -52,5 +52,5 @@ def test_numbers_must_be_where_the_kernel_reads_them(
     tensors, steps = [torch.ones(3, device="meta")], [torch.zeros(())]
     numbers = {name: torch.zeros((), device=device) for name, device in keywords.items()}
     with pytest.raises(RuntimeError, match=message):
-        step_("adagrad", tensors, tensors, tensors, steps, **ADAGRAD, **numbers)
+        step_("adagrad", tensors, tensors, tensors, steps, [], [], [], **ADAGRAD, **numbers)
     assert steps[0] == 0

@@ -13,6 +13,7 @@ import triton.language as tl
 from effkern.backends.table import RATIO
 from effkern.backends.triton.multi_tensor import (
     addresses_of,
+    bits_of,
     chunk_index,
     chunk_range,
     finishes_tensor,
@@ -105,38 +106,14 @@ def sum_of_chunks(sums, count):
 
 
 @triton.jit
-def first_pass(
-    row,
-    chunks,
-    workspace,
-    lr,
-    factor,
-    scalars,
-    UPDATE: tl.constexpr,
-    SCALED: tl.constexpr,
-    STATES: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Advances this program's chunk; the tensor's last program leaves lr * trust ratio in its row.
+def put_step_size(row, chunks, workspace, lr, params, directions, ACC: tl.constexpr):
+    """The tensor's last program to come here leaves lr * trust ratio in its row.
 
-    workspace: float64 (chunks, 2). UPDATE: the rule's advance. The trust ratio is 1 where a norm
-    is 0.
+    params, directions: this program's sums of squares. The trust ratio is 1 where a norm is 0.
     """
-    addresses = addresses_of(row, True, STATES)
-    begin, whole_end, end = chunk_range(row, chunks, addresses, BLOCK)
-    params, directions = advance_blocks(
-        begin, whole_end, addresses, end, factor, UPDATE, scalars,
-        SCALED, DTYPE, ACC, True, BLOCK,
-    )  # fmt: skip
-    more_params, more_directions = advance_blocks(
-        whole_end, end, addresses, end, factor, UPDATE, scalars,
-        SCALED, DTYPE, ACC, False, BLOCK // 2,
-    )  # fmt: skip
     of_chunk = workspace + 2 * tl.program_id(0).to(tl.int64)
-    tl.store(of_chunk, params + more_params)
-    tl.store(of_chunk + 1, directions + more_directions)
+    tl.store(of_chunk, params)
+    tl.store(of_chunk + 1, directions)
     if finishes_tensor(row):
         # A tensor's programs are neighbours.
         of_tensor = of_chunk - 2 * chunk_index(chunks)
@@ -147,21 +124,64 @@ def first_pass(
 
 
 @triton.jit
+def step_size_of(row, ACC: tl.constexpr):
+    """What it left there."""
+    return tl.load((row + _RATIO).to(tl.pointer_type(ACC)))
+
+
+@triton.jit
+def first_pass(
+    row,
+    chunks,
+    workspace,
+    lr,
+    factor,
+    t,
+    scalars,
+    UPDATE: tl.constexpr,
+    SCALED: tl.constexpr,
+    STATES: tl.constexpr,
+    STORAGE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Advances this program's chunk; the tensor's last program leaves lr * trust ratio in its row.
+
+    workspace: float64 (chunks, 2). UPDATE: the rule's advance.
+    """
+    addresses = addresses_of(row, True, STATES)
+    begin, whole_end, end = chunk_range(row, chunks, bits_of(addresses), BLOCK)
+    params, directions = advance_blocks(
+        begin, whole_end, addresses, end, factor, UPDATE, scalars,
+        SCALED, DTYPE, ACC, True, BLOCK,
+    )  # fmt: skip
+    more_params, more_directions = advance_blocks(
+        whole_end, end, addresses, end, factor, UPDATE, scalars,
+        SCALED, DTYPE, ACC, False, BLOCK // 2,
+    )  # fmt: skip
+    put_step_size(
+        row, chunks, workspace, lr, params + more_params, directions + more_directions, ACC
+    )
+
+
+@triton.jit
 def second_pass(
     row,
     chunks,
     workspace,
     lr,
     factor,
+    t,
     scalars,
     UPDATE: tl.constexpr,
     SCALED: tl.constexpr,
     STATES: tl.constexpr,
+    STORAGE: tl.constexpr,
     DTYPE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Updates the parameter of this program's chunk; gradients are not read."""
-    step_size = tl.load((row + _RATIO).to(tl.pointer_type(ACC)))
-    both = (step_size, scalars)
+    both = (step_size_of(row, ACC), scalars)
     update_chunk(row, chunks, factor, UPDATE, both, False, False, STATES, 0, DTYPE, ACC, BLOCK)

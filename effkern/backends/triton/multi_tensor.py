@@ -8,7 +8,7 @@ copy.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
@@ -87,8 +87,14 @@ def finishes_tensor(row):
 
     What they wrote before it can then be read.
     """
-    tl.debug_barrier()  # the ticket is drawn by one thread, for all of them
-    last = tl.atomic_add(row + _TICKET, 1) == tensor_programs(row) - 1
+    return draws_last_ticket(row, tensor_programs(row))
+
+
+@triton.jit
+def draws_last_ticket(row, count):
+    """The same for ``count`` programs that have the ticket in this row."""
+    tl.debug_barrier()  # it is drawn by one thread, for all of them
+    last = tl.atomic_add(row + _TICKET, 1) == count - 1
     if last:
         tl.store(row + _TICKET, 0)
     return last
@@ -111,16 +117,23 @@ def addresses_of(row, GRADIENT: tl.constexpr, STATES: tl.constexpr):
 
 
 @triton.jit
-def chunk_range(row, chunks, addresses, BLOCK: tl.constexpr):
+def bits_of(addresses):
+    """Those that are set in any of five addresses."""
+    param, grad, state0, state1, state2 = addresses
+    return param | grad | state0 | state1 | state2
+
+
+@triton.jit
+def chunk_range(row, chunks, bits, BLOCK: tl.constexpr):
     """Of this program's elements: the first, where whole blocks of BLOCK end, and the end.
 
-    There are whole blocks only where all addresses are multiples of 16.
+    There are whole blocks only where all addresses, whose ``bits`` together these are, are
+    multiples of 16.
     """
     begin = chunk_index(chunks) * _CHUNK
     end = tl.minimum(begin + _CHUNK, tl.load(row + _NUMEL))
-    param, grad, state0, state1, state2 = addresses
     whole_end = begin
-    if (param | grad | state0 | state1 | state2) % 16 == 0:
+    if bits % 16 == 0:
         whole_end = begin + (end - begin) // BLOCK * BLOCK
     return begin, whole_end, end
 
@@ -144,8 +157,13 @@ def load_block(address, offsets, end, DTYPE: tl.constexpr, ACC: tl.constexpr, WH
 @triton.jit
 def store_block(address, offsets, end, x, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
     """Writes one block, rounded to DTYPE."""
+    store_rounded(address, offsets, end, to_storage(x, DTYPE), DTYPE, WHOLE)
+
+
+@triton.jit
+def store_rounded(address, offsets, end, y, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
+    """Writes one block that is of DTYPE."""
     pointer = address.to(tl.pointer_type(DTYPE))
-    y = to_storage(x, DTYPE)
     if WHOLE:
         tl.store(tl.multiple_of(pointer, 16) + offsets, y)
     else:
@@ -218,7 +236,7 @@ def update_chunk(
     states that are read and written.
     """
     addresses = addresses_of(row, GRADIENT, STATES)
-    begin, whole_end, end = chunk_range(row, chunks, addresses, BLOCK)
+    begin, whole_end, end = chunk_range(row, chunks, bits_of(addresses), BLOCK)
     for start in range(begin, whole_end, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         update_block(
@@ -237,25 +255,22 @@ def update_chunk(
 # ---- the host's part ----
 
 
-def block_size(dtype: torch.dtype) -> int:
-    """Elements that one program handles at a time: 16 bytes of each tensor a thread."""
-    return WARPS * 32 * 16 // dtype.itemsize
+def block_size(itemsize: int) -> int:
+    """Elements that one program handles at a time: 16 bytes a thread of the widest tensor."""
+    return WARPS * 32 * 16 // itemsize
 
 
 def build_table(
-    params: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor],
-    states: Sequence[Sequence[torch.Tensor] | None],
-    steps: Sequence[torch.Tensor],
+    numels: Sequence[int], columns: Mapping[int, Sequence[torch.Tensor]]
 ) -> torch.Tensor:
     """The table of tensors that no plan describes, on the CPU.
 
-    ``states`` has None for one that is not kept; ``steps`` may be empty.
+    Args:
+        numels: the lengths of the tensors.
+        columns: for each column of addresses the tensors there, one for each length, or none.
     """
-    columns = {PARAM: params, GRAD: grads, STEP: steps}
-    columns |= {STATE0 + i: state for i, state in enumerate(states) if state is not None}
-    table = torch.zeros(len(params), COLUMNS, dtype=torch.int64, device="cpu")
-    table[:, NUMEL] = _int64([param.numel() for param in params])
+    table = torch.zeros(len(numels), COLUMNS, dtype=torch.int64, device="cpu")
+    table[:, NUMEL] = _int64(numels)
     for column, tensors in columns.items():
         if tensors:
             table[:, column] = _int64([tensor.data_ptr() for tensor in tensors])
@@ -278,6 +293,12 @@ def upload(source: torch.Tensor, target: torch.Tensor) -> None:
         # A page-locked copy: the caller may write to ``source`` before the device has read it.
         source = source.clone().pin_memory()
     target.copy_(source, non_blocking=True)
+
+
+def refresh(table: torch.Tensor, device_table: torch.Tensor, moved: bool) -> None:
+    """Brings a plan's table on the device up to date, if the one on the CPU has ``moved`` on."""
+    if moved and device_table.data_ptr() != table.data_ptr():
+        upload(table, device_table)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

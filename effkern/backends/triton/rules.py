@@ -48,7 +48,7 @@ class Rule(NamedTuple):
     """One update rule.
 
     Attributes:
-        states: what its ops call the lists of states.
+        states: what its ops call the lists of states, and whether their values may be negative.
         form: makes the form of a step from the op's options.
         scalars: as above.
         update: as above.
@@ -56,7 +56,7 @@ class Rule(NamedTuple):
         device_corrections: as above; None if nothing depends on the step.
     """
 
-    states: tuple[str, ...]
+    states: dict[str, bool]
     form: Callable[..., Form]
     scalars: JITFunction
     update: JITFunction
@@ -377,6 +377,15 @@ def lamb_update(param, grad, exp_avg, exp_avg_sq, state2, scalars, STATES: tl.co
     return param - direction * step_size, exp_avg, exp_avg_sq, state2
 
 
+@triton.jit
+def lamb_both(param, grad, exp_avg, exp_avg_sq, state2, scalars, STATES: tl.constexpr):
+    """Second pass where the first has left the states as they were."""
+    step_size, others = scalars
+    exp_avg, exp_avg_sq = lamb_advance(grad, exp_avg, exp_avg_sq, others)
+    direction = lamb_direction(param, exp_avg, exp_avg_sq, others)
+    return param - direction * step_size, exp_avg, exp_avg_sq, state2
+
+
 def _lamb(beta1: float, beta2: float, eps: float, weight_decay: float, maximize: bool) -> Form:
     numbers = (beta1, beta2, eps, weight_decay, 0.0, _sign(maximize), *_logs(beta1, beta2))
     return Form(numbers, (True, True))
@@ -389,7 +398,7 @@ def _sign(maximize: bool) -> float:
 #: By the name that the ops have.
 RULES = {
     "adam": Rule(
-        ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"),
+        {"exp_avgs": True, "exp_avg_sqs": False, "max_exp_avg_sqs": False},
         _adam,
         adam_scalars,
         adam_update,
@@ -397,16 +406,23 @@ RULES = {
         bias_corrections,
     ),
     "sgd": Rule(
-        ("momentum_buffers",), _sgd, sgd_scalars, sgd_update, _buffer_weights, buffer_weights
+        {"momentum_buffers": True}, _sgd, sgd_scalars, sgd_update, _buffer_weights, buffer_weights
     ),
-    "adagrad": Rule(("sums",), _adagrad, adagrad_scalars, adagrad_update, _decayed_lr, decayed_lr),
+    "adagrad": Rule(
+        {"sums": False}, _adagrad, adagrad_scalars, adagrad_update, _decayed_lr, decayed_lr
+    ),
     "rmsprop": Rule(
-        ("square_avgs", "momentum_buffers", "grad_avgs"), _rmsprop, rmsprop_scalars, rmsprop_update
+        {"square_avgs": False, "momentum_buffers": True, "grad_avgs": True},
+        _rmsprop,
+        rmsprop_scalars,
+        rmsprop_update,
     ),
-    "adadelta": Rule(("square_avgs", "acc_deltas"), _adadelta, adadelta_scalars, adadelta_update),
-    "lion": Rule(("exp_avgs",), _lion, lion_scalars, lion_update),
+    "adadelta": Rule(
+        {"square_avgs": False, "acc_deltas": False}, _adadelta, adadelta_scalars, adadelta_update
+    ),
+    "lion": Rule({"exp_avgs": True}, _lion, lion_scalars, lion_update),
     "lamb": Rule(
-        ("exp_avgs", "exp_avg_sqs"),
+        {"exp_avgs": True, "exp_avg_sqs": False},
         _lamb,
         lamb_scalars,
         lamb_update,

@@ -1,6 +1,7 @@
 """One step of an update rule in Triton: one launch for all parameters, two for LAMB.
 
-The rules are in `effkern.backends.triton.rules`, LAMB's kernels in `effkern.backends.triton.lamb`.
+The rules are in `effkern.backends.triton.rules`; what a program does with its elements is in
+multi_tensor.py, mixed.py, lamb.py and mixed_lamb.py.
 """
 
 from __future__ import annotations
@@ -14,10 +15,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from effkern.backends.table import DTYPES, STEP
+from effkern.backends.table import DTYPES, GRAD, KEY, MASTER, PARAM, SCALE0, STATE0, STEP
 from effkern.backends.triton import lamb, multi_tensor
-from effkern.backends.triton.checks import check_lists, check_number
+from effkern.backends.triton.checks import (
+    check_lists,
+    check_number,
+    check_scales,
+    check_squares,
+    check_storage,
+)
 from effkern.backends.triton.launch import COMPILER_OPTIONS, device_guard
+from effkern.backends.triton.mixed import mixed_pass
+from effkern.backends.triton.mixed_lamb import mixed_first_pass, mixed_second_pass
 from effkern.backends.triton.multi_tensor import (
     chunk_tensor,
     count_step,
@@ -26,7 +35,19 @@ from effkern.backends.triton.multi_tensor import (
     update_chunk,
 )
 from effkern.backends.triton.numerics import TRITON_DTYPE, accumulation_dtype, scalar
-from effkern.backends.triton.rules import NUMBERS, RULES, Form, Rule, lamb_advance
+from effkern.backends.triton.rules import (
+    NUMBERS,
+    RULES,
+    Form,
+    Rule,
+    lamb_advance,
+    lamb_both,
+    lamb_update,
+)
+from effkern.backends.triton.squares import clipping_factor
+from effkern.backends.triton.squares import squares_ as squares_
+from effkern.backends.triton.squares import squares_planned_ as squares_planned_
+from effkern.backends.triton.storage import Storage, of_layouts, of_lists
 
 
 def _name(specialization: Any) -> str:
@@ -45,9 +66,13 @@ def step_kernel(
     lr_tensor,
     grad_scale,
     found_inf,
+    squares,
+    squares_count,
+    max_norm: tl.float64,
     lr: tl.float64,
     correction1: tl.float64,
     correction2: tl.float64,
+    step: tl.float64,
     number0: tl.float64,
     number1: tl.float64,
     number2: tl.float64,
@@ -61,6 +86,7 @@ def step_kernel(
     PASS: tl.constexpr,
     UPDATE: tl.constexpr,
     STATES: tl.constexpr,
+    STORAGE: tl.constexpr,
     STEP: tl.constexpr,
     COUNTS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -75,8 +101,9 @@ def step_kernel(
     thread in flight that is more than the latency of memory asks for.
 
     workspace: None, or what one launch leaves for another. corrections: None, or float64
-    (tensors, 2) where the tensors' steps differ. lr_tensor, grad_scale, found_inf: None, or the
-    addresses of one number. SCALARS, OF_STEP and UPDATE are the rule's scalars, device_corrections
+    (tensors, 3) where the tensors' steps differ: both corrections, and the step. lr_tensor,
+    grad_scale, found_inf: None, or the addresses of one number. squares: None, or the address of
+    squares_count numbers. SCALARS, OF_STEP and UPDATE are the rule's scalars, device_corrections
     and update; PASS does the work with them. STEP: the dtype of the counters if they lie on the
     device, else None; they are increased in the launch that COUNTS.
     """
@@ -96,11 +123,14 @@ def step_kernel(
         scalar(number6, tl.float64),
         scalar(number7, tl.float64),
     )
-    first, second = correction1, correction2
+    first, second, t = correction1, correction2, scalar(step, tl.float64)
     if corrections is not None:
-        pair = corrections + 2 * chunk_tensor(chunks)
-        first = tl.load(pair)
-        second = tl.load(pair + 1)
+        of_tensor = corrections + 3 * chunk_tensor(chunks)
+        if OF_STEP is not None:
+            first = tl.load(of_tensor)
+            second = tl.load(of_tensor + 1)
+        if STORAGE.stochastic:
+            t = tl.load(of_tensor + 2)
     if STEP is not None:
         t = next_step(row, STEP)
         if OF_STEP is not None:
@@ -109,11 +139,17 @@ def step_kernel(
         lr = tl.load(lr_tensor).to(tl.float64)
     lr = scalar(lr, tl.float64)
     scalars = SCALARS(lr, first, second, numbers, ACC)
-    factor = scalar(1.0, ACC)
+    factor, scale = scalar(1.0, ACC), scalar(1.0, tl.float64)
     if grad_scale is not None:
-        factor = scalar(1.0 / tl.load(grad_scale).to(tl.float64), ACC)
-    SCALED: tl.constexpr = grad_scale is not None
-    PASS(row, chunks, workspace, lr, factor, scalars, UPDATE, SCALED, STATES, DTYPE, ACC, BLOCK)
+        scale = tl.load(grad_scale).to(tl.float64)
+        factor = scalar(1.0 / scale, ACC)
+    if squares is not None:
+        factor = scalar(clipping_factor(squares, squares_count, scale, max_norm), ACC)
+    SCALED: tl.constexpr = grad_scale is not None or squares is not None
+    PASS(
+        row, chunks, workspace, lr, factor, t, scalars,
+        UPDATE, SCALED, STATES, STORAGE, DTYPE, ACC, BLOCK,
+    )  # fmt: skip
     if COUNTS:
         count_step(row, t, STEP)
 
@@ -125,10 +161,12 @@ def only_pass(
     workspace,
     lr,
     factor,
+    t,
     scalars,
     UPDATE: tl.constexpr,
     SCALED: tl.constexpr,
     STATES: tl.constexpr,
+    STORAGE: tl.constexpr,
     DTYPE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -146,6 +184,8 @@ class Keywords(NamedTuple):
     lr_tensor: Tensor | None
     grad_scale: Tensor | None
     found_inf: Tensor | None
+    squares: Tensor | None
+    max_norm: float
 
 
 class Counters(NamedTuple):
@@ -160,11 +200,13 @@ def step_(
     rule: str,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    *lists: Sequence[Tensor],
+    *lists: Any,
     lr: float,
     lr_tensor: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    squares: Tensor | None = None,
+    max_norm: float = 0.0,
     **options: Any,
 ) -> None:
     """``effkern::_RULE_``: one step for tensors of one dtype on one device.
@@ -174,13 +216,17 @@ def step_(
     Args:
         rule: its name.
         params: each dense in memory.
-        grads: of their dtype, device, shape and strides, and so are the states.
-        lists: each list of states, empty where the options need none; then the step counters, one
-            number each on the CPU or all on the parameters' device, or none at all.
+        grads: of their dtype, device, shape and strides; but for their dtype, so are the states.
+        lists: each list of states, empty where the options need none; the step counters, one
+            number each on the CPU or all on the parameters' device, or none at all; float32
+            masters, or none; the scales of states in 8 bits; keys of stochastic rounding, or none.
         lr: learning rate.
         lr_tensor: the same in a tensor on that device or on the CPU, instead.
-        grad_scale: what the gradients were multiplied by; on that device, as is ``found_inf``.
+        grad_scale: what the gradients were multiplied by; on that device, as are the next two.
         found_inf: nothing happens where it is not 0.
+        squares: float64, one dimension: they add up to the sum of squares of all gradients, which
+            are clipped.
+        max_norm: to which norm.
         options: the rule's.
 
     Raises:
@@ -188,29 +234,43 @@ def step_(
     """
     if not params:
         return
-    *states, steps = lists
-    form = RULES[rule].form(**options)
-    kept = [state if keep else None for state, keep in zip(states, form.kept, strict=True)]
+    *states, steps, masters, scales, keys = lists
+    definition = RULES[rule]
+    form = definition.form(**options)
+    kept = [i for i, keep in enumerate(form.kept) if keep]
+    names, signed = list(definition.states), list(definition.states.values())
     with device_guard(params[0], f"_{rule}_"):
-        named = zip(RULES[rule].states, kept, strict=True)
-        check_lists(params, {"grads": grads, **{n: s for n, s in named if s is not None}}, steps)
-        table = multi_tensor.build_table(params, grads, kept, steps)
+        storage = of_lists(params, [states[i] for i in kept], signed, masters, keys)
+        checked = {"grads": (grads, params[0].dtype)}
+        checked |= {names[i]: (states[i], storage.dtype_of_state(i)) for i in kept}
+        checked |= {"masters": (masters, torch.float32)} if masters else {}
+        check_lists(params, checked, steps)
+        check_storage(storage, params, keys)
+        columns = {PARAM: params, GRAD: grads, STEP: steps, MASTER: masters}
+        columns |= {STATE0 + i: states[i] for i in kept}
+        if storage.quantized:
+            check_scales(scales, params, len(kept))
+            of_state = [scales[k * len(params) :][: len(params)] for k in range(len(kept))]
+            columns |= {SCALE0 + i: some for i, some in zip(kept, of_state, strict=True)}
+        numels = [param.numel() for param in params]
+        table = multi_tensor.build_table(numels, columns)
+        if keys:
+            table[:, KEY] = torch.tensor(keys, dtype=torch.int64, device="cpu")
         device = params[0].device
         _step(
             rule,
             form,
+            storage,
             table,
             multi_tensor.to_device(table, device),
-            multi_tensor.to_device(
-                multi_tensor.build_chunks([param.numel() for param in params]), device
-            ),
+            multi_tensor.to_device(multi_tensor.build_chunks(numels), device),
             params[0].dtype,
             Counters(
                 any=bool(steps),
                 are_double=bool(steps) and steps[0].dtype == torch.float64,
                 on_device=bool(steps) and not steps[0].is_cpu,
             ),
-            Keywords(lr, lr_tensor, grad_scale, found_inf),
+            Keywords(lr, lr_tensor, grad_scale, found_inf, squares, max_norm),
         )
 
 
@@ -226,16 +286,20 @@ def step_planned_(
     lr_tensor: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    squares: Tensor | None = None,
+    max_norm: float = 0.0,
     **options: Any,
 ) -> None:
     """``effkern::_RULE_planned_``: the same with all addresses in place."""
     with device_guard(device_table, f"_{rule}_planned_"):
-        if moved and device_table.data_ptr() != table.data_ptr():
-            multi_tensor.upload(table, device_table)
-        dtype, counters = layouts[:2].tolist()
+        multi_tensor.refresh(table, device_table, moved)
+        header = layouts[:4].tolist()
+        dtype, counters = header[:2]
+        definition = RULES[rule]
         _step(
             rule,
-            RULES[rule].form(**options),
+            definition.form(**options),
+            of_layouts(header, list(definition.states.values())),
             table,
             device_table,
             chunks,
@@ -245,13 +309,23 @@ def step_planned_(
                 are_double=bool(counters & 1),
                 on_device=bool(counters & 2),
             ),
-            Keywords(lr, lr_tensor, grad_scale, found_inf),
+            Keywords(lr, lr_tensor, grad_scale, found_inf, squares, max_norm),
         )
+
+
+def _passes(rule: str, storage: Storage) -> list[tuple[JITFunction, JITFunction, bool]]:
+    """Of each launch: its pass, its update, and whether it reads gradients."""
+    if rule != "lamb":
+        return [(only_pass if storage.plain else mixed_pass, RULES[rule].update, True)]
+    if storage.plain:
+        return [(lamb.first_pass, lamb_advance, True), (lamb.second_pass, lamb_update, False)]
+    return [(mixed_first_pass, lamb_advance, True), (mixed_second_pass, lamb_both, True)]
 
 
 def _step(
     rule: str,
     form: Form,
+    storage: Storage,
     table: Tensor,
     device_table: Tensor,
     chunks: Tensor,
@@ -276,27 +350,30 @@ def _step(
             return
         keywords = keywords._replace(found_inf=None)
     definition = RULES[rule]
-    pair, each = (1.0, 1.0), None
+    of_step, each = (1.0, 1.0, 1.0), None
     if not by_kernel:
         steps = multi_tensor.count_steps(table, counters.are_double) if counters.any else [1.0]
-        pair, each = _corrections(definition, form, steps, device)
+        of_step, each = _corrections(definition, form, storage, steps, device)
     counter = (tl.float64 if counters.are_double else tl.float32) if by_kernel else None
     workspace = None
-    passes: list[tuple[JITFunction, JITFunction]] = [(only_pass, definition.update)]
     if rule == "lamb":
         workspace = torch.empty((len(chunks), 2), dtype=torch.float64, device=device)
-        passes = [(lamb.first_pass, lamb_advance), (lamb.second_pass, definition.update)]
-    for index, (work, update) in enumerate(passes):
+    passes = _passes(rule, storage)
+    for index, (work, update, reads_gradients) in enumerate(passes):
+        squares = keywords.squares if reads_gradients else None
         step_kernel[(len(chunks),)](
             device_table,
             chunks,
             workspace,
             each,
             keywords.lr_tensor,
-            keywords.grad_scale if index == 0 else None,  # only the first pass reads gradients
+            keywords.grad_scale if reads_gradients else None,
             keywords.found_inf,
+            squares,
+            None if squares is None else len(squares),
+            keywords.max_norm,
             keywords.lr,
-            *pair,
+            *of_step,
             *form.numbers,
             *[0.0] * (NUMBERS - len(form.numbers)),
             SCALARS=definition.scalars,
@@ -304,34 +381,38 @@ def _step(
             PASS=work,
             UPDATE=update,
             STATES=sum(1 << i for i, keep in enumerate(form.kept) if keep),
+            STORAGE=storage,
             STEP=counter,
             COUNTS=by_kernel and index == len(passes) - 1,
             DTYPE=TRITON_DTYPE[dtype],
             ACC=TRITON_DTYPE[accumulation_dtype(dtype)],
-            BLOCK=multi_tensor.block_size(dtype),
+            BLOCK=multi_tensor.block_size(storage.widest(dtype)),
             num_warps=multi_tensor.WARPS,
             **COMPILER_OPTIONS,
         )
 
 
 def _corrections(
-    definition: Rule, form: Form, steps: Sequence[float], device: torch.device
-) -> tuple[tuple[float, float], Tensor | None]:
-    """The rule's two numbers of the first tensor's step; those of all where their steps differ."""
-    if definition.corrections is None:
-        return (1.0, 1.0), None
-    pairs = {t: definition.corrections(t, form.numbers) for t in set(steps)}
-    if len(pairs) == 1:
-        return pairs[steps[0]], None
+    definition: Rule, form: Form, storage: Storage, steps: Sequence[float], device: torch.device
+) -> tuple[tuple[float, float, float], Tensor | None]:
+    """The rule's two numbers of the first tensor's step, and the step; those of all where their
+    steps differ and are asked for.
+    """
+    host = definition.corrections
+    found = {t: (*((1.0, 1.0) if host is None else host(t, form.numbers)), t) for t in set(steps)}
+    if len(found) == 1 or (host is None and not storage.stochastic):
+        return found[steps[0]], None
     # Parameters that joined late: their own numbers go to the device with every step.
-    each = torch.tensor([pairs[t] for t in steps], dtype=torch.float64, device="cpu")
-    return pairs[steps[0]], multi_tensor.to_device(each, device)
+    each = torch.tensor([found[t] for t in steps], dtype=torch.float64, device="cpu")
+    return found[steps[0]], multi_tensor.to_device(each, device)
 
 
 def _checked(keywords: Keywords, device: torch.device) -> Keywords:
     """The same, a learning rate on the CPU read; what is left in tensors is on ``device``."""
     for name, tensor in keywords._asdict().items():
-        if isinstance(tensor, Tensor):
+        if name == "squares" and tensor is not None:
+            check_squares(tensor, device)
+        elif isinstance(tensor, Tensor):
             check_number(tensor, name)
             if tensor.device == device:
                 continue
