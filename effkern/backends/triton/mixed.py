@@ -19,6 +19,7 @@ from effkern.backends.triton.multi_tensor import (
     store_block,
     store_rounded,
 )
+from effkern.backends.triton.numerics import to_accumulator, to_storage
 from effkern.backends.triton.quantize import dequantized, quantized, scales_of
 from effkern.backends.triton.rounding import rounded_stochastically, rounding_seed
 
@@ -107,7 +108,7 @@ def store_state(
     ROWS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Writes it."""
+    """Writes it; gives it as it will be read."""
     offsets = offsets_of(start, ROWS)
     SIGNED: tl.constexpr = STORAGE.signed >> INDEX & 1
     if STORAGE.state == tl.int8:
@@ -121,8 +122,12 @@ def store_state(
         else:
             tl.store(scales + place, new, mask=place * _ROW < end)
         store_rounded(address, offsets, end, codes, codes.dtype, WHOLE)
+        stored = dequantized(codes.to(tl.float32), new, SIGNED)
     else:
-        store_block(address, offsets, end, x, STORAGE.state, WHOLE)
+        y = to_storage(x, STORAGE.state)
+        store_rounded(address, offsets, end, y, STORAGE.state, WHOLE)
+        stored = to_accumulator(y, tl.float32)
+    return stored
 
 
 @triton.jit
@@ -161,8 +166,10 @@ def update_rows(
     seed,
     rule,
     scalars,
+    GRADIENT: tl.constexpr,
     SCALED: tl.constexpr,
     STATES: tl.constexpr,
+    WRITTEN: tl.constexpr,
     STORAGE: tl.constexpr,
     DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -173,7 +180,9 @@ def update_rows(
     scales0, scales1, scales2 = scales
     offsets = offsets_of(start, ROWS)
     param = load_block(source, offsets, end, STORAGE.param, tl.float32, WHOLE)
-    grad = load_block(grad_address, offsets, end, DTYPE, tl.float32, WHOLE)
+    grad = param
+    if GRADIENT:
+        grad = load_block(grad_address, offsets, end, DTYPE, tl.float32, WHOLE)
     if SCALED:
         grad = grad * factor
     state0, state1, state2 = load_states(
@@ -187,12 +196,51 @@ def update_rows(
         store_rounded(param_address, offsets, end, rounded, DTYPE, WHOLE)
     else:
         store_block(param_address, offsets, end, param, DTYPE, WHOLE)
-    if STATES & 1:
+    if WRITTEN & 1:
         store_state(address0, scales0, start, end, state0, 0, STORAGE, ROWS, WHOLE)
-    if STATES & 2:
+    if WRITTEN & 2:
         store_state(address1, scales1, start, end, state1, 1, STORAGE, ROWS, WHOLE)
-    if STATES & 4:
+    if WRITTEN & 4:
         store_state(address2, scales2, start, end, state2, 2, STORAGE, ROWS, WHOLE)
+
+
+@triton.jit
+def update_mixed_chunk(
+    row,
+    chunks,
+    factor,
+    t,
+    rule,
+    scalars,
+    GRADIENT: tl.constexpr,
+    SCALED: tl.constexpr,
+    STATES: tl.constexpr,
+    WRITTEN: tl.constexpr,
+    STORAGE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Applies ``rule`` to this program's chunk, as `multi_tensor.update_chunk`.
+
+    t: the number of the step, of which the random bits of stochastic rounding are made.
+    """
+    seed = t
+    if STORAGE.stochastic:
+        seed = rounding_seed(tl.load(row + _KEY), t)
+    addresses = addresses_of(row, GRADIENT, STATES)
+    source = source_of(row, addresses[0], STORAGE)
+    scales = scale_addresses(row, STATES, STORAGE)
+    begin, whole_end, end = chunk_range(row, chunks, bits_of(addresses) | source, BLOCK)
+    for start in range(begin, whole_end, BLOCK):
+        update_rows(
+            addresses, source, scales, start, end, factor, seed, rule, scalars,
+            GRADIENT, SCALED, STATES, WRITTEN, STORAGE, DTYPE, BLOCK // _ROW, True,
+        )  # fmt: skip
+    for start in range(whole_end, end, BLOCK // 2):
+        update_rows(
+            addresses, source, scales, start, end, factor, seed, rule, scalars,
+            GRADIENT, SCALED, STATES, WRITTEN, STORAGE, DTYPE, BLOCK // 2 // _ROW, False,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -212,21 +260,8 @@ def mixed_pass(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The pass of a rule that takes one; LAMB's second, too."""
-    seed = t
-    if STORAGE.stochastic:
-        seed = rounding_seed(tl.load(row + _KEY), t)
-    addresses = addresses_of(row, True, STATES)
-    source = source_of(row, addresses[0], STORAGE)
-    scales = scale_addresses(row, STATES, STORAGE)
-    begin, whole_end, end = chunk_range(row, chunks, bits_of(addresses) | source, BLOCK)
-    for start in range(begin, whole_end, BLOCK):
-        update_rows(
-            addresses, source, scales, start, end, factor, seed, UPDATE, scalars,
-            SCALED, STATES, STORAGE, DTYPE, BLOCK // _ROW, True,
-        )  # fmt: skip
-    for start in range(whole_end, end, BLOCK // 2):
-        update_rows(
-            addresses, source, scales, start, end, factor, seed, UPDATE, scalars,
-            SCALED, STATES, STORAGE, DTYPE, BLOCK // 2 // _ROW, False,
-        )  # fmt: skip
+    """The pass of a rule that takes one."""
+    update_mixed_chunk(
+        row, chunks, factor, t, UPDATE, scalars,
+        True, SCALED, STATES, STATES, STORAGE, DTYPE, BLOCK,
+    )  # fmt: skip

@@ -1,7 +1,6 @@
-"""LAMB's two passes over tensors that are not all stored as the parameter is.
+"""LAMB's two passes over tensors that are not all stored as the parameter is: as in lamb.py.
 
-The first sums squares and writes no state, the second computes the new states again: what a state
-loses in few bits is not lost to the direction. Both read gradients.
+Both make the direction of the states as they are stored.
 """
 
 from __future__ import annotations
@@ -13,10 +12,11 @@ from effkern.backends.table import QUANTIZED_BLOCK
 from effkern.backends.triton.lamb import put_step_size, step_size_of
 from effkern.backends.triton.mixed import (
     load_states,
-    mixed_pass,
     offsets_of,
     scale_addresses,
     source_of,
+    store_state,
+    update_mixed_chunk,
 )
 from effkern.backends.triton.multi_tensor import addresses_of, bits_of, chunk_range, load_block
 from effkern.backends.triton.rules import lamb_direction
@@ -25,7 +25,7 @@ _ROW = tl.constexpr(QUANTIZED_BLOCK)
 
 
 @triton.jit
-def squares_of_rows(
+def advance_rows(
     begin,
     stop,
     addresses,
@@ -42,19 +42,25 @@ def squares_of_rows(
     WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The sums of squares of parameter and direction from ``begin`` to ``stop``, in float64."""
+    """Moves the states on from ``begin`` to ``stop``; gives the sums of squares of parameter and
+    direction, in float64.
+    """
+    _, grad_address, address0, address1, _ = addresses
+    scales0, scales1, _ = scales
     params = tl.zeros((ROWS, _ROW), tl.float32)
     directions = tl.zeros((ROWS, _ROW), tl.float32)
     for start in range(begin, stop, ROWS * _ROW):
         offsets = offsets_of(start, ROWS)
         param = load_block(source, offsets, end, STORAGE.param, tl.float32, WHOLE)
-        grad = load_block(addresses[1], offsets, end, DTYPE, tl.float32, WHOLE)
+        grad = load_block(grad_address, offsets, end, DTYPE, tl.float32, WHOLE)
         if SCALED:
             grad = grad * factor
         exp_avg, exp_avg_sq, _ = load_states(
             addresses, scales, start, end, grad, STATES, STORAGE, ROWS, WHOLE
         )
         exp_avg, exp_avg_sq = advance(grad, exp_avg, exp_avg_sq, scalars)
+        exp_avg = store_state(address0, scales0, start, end, exp_avg, 0, STORAGE, ROWS, WHOLE)
+        exp_avg_sq = store_state(address1, scales1, start, end, exp_avg_sq, 1, STORAGE, ROWS, WHOLE)
         direction = lamb_direction(param, exp_avg, exp_avg_sq, scalars)
         if not WHOLE:
             param = tl.where(offsets < end, param, 0.0)
@@ -81,16 +87,19 @@ def mixed_first_pass(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Leaves lr * trust ratio in the row. workspace: float64 (chunks, 2). UPDATE: the advance."""
+    """Advances the states; the tensor's last program leaves lr * trust ratio in its row.
+
+    workspace: float64 (chunks, 2). UPDATE: the rule's advance.
+    """
     addresses = addresses_of(row, True, STATES)
     source = source_of(row, addresses[0], STORAGE)
     scales = scale_addresses(row, STATES, STORAGE)
     begin, whole_end, end = chunk_range(row, chunks, bits_of(addresses) | source, BLOCK)
-    params, directions = squares_of_rows(
+    params, directions = advance_rows(
         begin, whole_end, addresses, source, scales, end, factor, UPDATE, scalars,
         SCALED, STATES, STORAGE, DTYPE, True, BLOCK // _ROW,
     )  # fmt: skip
-    more_params, more_directions = squares_of_rows(
+    more_params, more_directions = advance_rows(
         whole_end, end, addresses, source, scales, end, factor, UPDATE, scalars,
         SCALED, STATES, STORAGE, DTYPE, False, BLOCK // 2 // _ROW,
     )  # fmt: skip
@@ -116,9 +125,9 @@ def mixed_second_pass(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Updates everything in this program's chunk."""
+    """Updates the parameter of this program's chunk; gradients are not read."""
     both = (step_size_of(row, ACC), scalars)
-    mixed_pass(
-        row, chunks, workspace, lr, factor, t, both,
-        UPDATE, SCALED, STATES, STORAGE, DTYPE, ACC, BLOCK,
+    update_mixed_chunk(
+        row, chunks, factor, t, UPDATE, both,
+        False, False, STATES, 0, STORAGE, DTYPE, BLOCK,
     )  # fmt: skip

@@ -33,7 +33,7 @@ def rounded_stochastically(x, seed, start, index):
     seed: of the tensor and step. index: int64, each element's place in the tensor; start: the
     first of them, with which they share the upper 32 bits. Infinities and NaN stay.
     """
-    stream = seed ^ mix_bits((start >> 32).to(tl.uint32))
+    stream = seed ^ mix_bits((tl.full((), start, tl.int64) >> 32).to(tl.uint32))
     random = mix_bits(index.to(tl.uint32) * 0x9E3779B9 + stream)
     bits = x.to(tl.uint32, bitcast=True)
     up_or_down = ((bits + (random & 0xFFFF)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

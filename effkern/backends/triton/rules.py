@@ -377,15 +377,6 @@ def lamb_update(param, grad, exp_avg, exp_avg_sq, state2, scalars, STATES: tl.co
     return param - direction * step_size, exp_avg, exp_avg_sq, state2
 
 
-@triton.jit
-def lamb_both(param, grad, exp_avg, exp_avg_sq, state2, scalars, STATES: tl.constexpr):
-    """Second pass where the first has left the states as they were."""
-    step_size, others = scalars
-    exp_avg, exp_avg_sq = lamb_advance(grad, exp_avg, exp_avg_sq, others)
-    direction = lamb_direction(param, exp_avg, exp_avg_sq, others)
-    return param - direction * step_size, exp_avg, exp_avg_sq, state2
-
-
 def _lamb(beta1: float, beta2: float, eps: float, weight_decay: float, maximize: bool) -> Form:
     numbers = (beta1, beta2, eps, weight_decay, 0.0, _sign(maximize), *_logs(beta1, beta2))
     return Form(numbers, (True, True))

@@ -41,7 +41,6 @@ from effkern.backends.triton.rules import (
     Form,
     Rule,
     lamb_advance,
-    lamb_both,
     lamb_update,
 )
 from effkern.backends.triton.squares import clipping_factor
@@ -319,7 +318,7 @@ def _passes(rule: str, storage: Storage) -> list[tuple[JITFunction, JITFunction,
         return [(only_pass if storage.plain else mixed_pass, RULES[rule].update, True)]
     if storage.plain:
         return [(lamb.first_pass, lamb_advance, True), (lamb.second_pass, lamb_update, False)]
-    return [(mixed_first_pass, lamb_advance, True), (mixed_second_pass, lamb_both, True)]
+    return [(mixed_first_pass, lamb_advance, True), (mixed_second_pass, lamb_update, False)]
 
 
 def _step(
