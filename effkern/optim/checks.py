@@ -11,9 +11,10 @@ from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from effkern.backends.table import DTYPES
+from effkern.optim.distributed import PLAIN, is_dtensor, local_tensor, same_layout
+from effkern.optim.storage import MASTER, codes_key
 
 _COMPLEX = (torch.complex64, torch.complex128)
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def name_of(group: dict[str, Any], param: Tensor) -> str:
@@ -29,9 +30,11 @@ def check_param(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> N
     Raises:
         RuntimeError: if its dtype is none of `DTYPES` and no complex of two of them, its layout is
             not strided, its elements share memory, it is a view whose memory holds it negated or
-            conjugated, or a subclass that wraps other tensors.
+            conjugated, or a subclass other than DTensor that wraps other tensors; or if it is a
+            DTensor whose values are partial or that is made of such a tensor.
     """
     problem = ""
+    whole, param = param, local_tensor(param)
     if param.dtype not in DTYPES and param.dtype not in _COMPLEX:
         problem = (
             "must be float32, float64, bfloat16, float16, complex64 or complex128, "
@@ -39,8 +42,10 @@ def check_param(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> N
         )
     elif param.layout != torch.strided:
         problem = f"must be a dense tensor, got layout {param.layout}"
-    elif type(param) not in _PLAIN and is_traceable_wrapper_subclass(param):
+    elif type(param) not in PLAIN and is_traceable_wrapper_subclass(param):
         problem = f"must be a plain tensor, got {type(param).__name__}, which wraps others"
+    elif is_dtensor(whole) and any(p.is_partial() for p in whole.placements):
+        problem = f"must not be partial, got placements {whole.placements}"
     elif not torch.compiler.is_compiling() and (param.is_neg() or param.is_conj()):
         # Dynamo cannot trace the question.
         problem = "must not be a negated or conjugated view of its memory"
@@ -50,14 +55,15 @@ def check_param(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> N
             f"{param.stride()}"
         )
     if problem:
-        raise RuntimeError(f"{type(optimizer).__name__}: {name_of(group, param)} {problem}")
+        raise RuntimeError(f"{type(optimizer).__name__}: {name_of(group, whole)} {problem}")
 
 
 def check_grad(optimizer: Optimizer, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
     """Refuse a gradient that is sparse or wraps others, or that does not fit its parameter.
 
     Raises:
-        RuntimeError: as said; to fit is to have its dtype, device and shape.
+        RuntimeError: as said; to fit is to have its dtype, device and shape, and to be a DTensor
+            of the same mesh if it is one.
     """
     kind = type(optimizer).__name__
     if grad.layout != torch.strided:
@@ -65,7 +71,13 @@ def check_grad(optimizer: Optimizer, group: dict[str, Any], param: Tensor, grad:
             f"{kind} does not support sparse gradients: that of {name_of(group, param)} is "
             f"{grad.layout}"
         )
-    if type(grad) not in _PLAIN and is_traceable_wrapper_subclass(grad):
+    if is_dtensor(param):
+        if not is_dtensor(grad) or grad.device_mesh != param.device_mesh:
+            raise RuntimeError(
+                f"{kind}: the gradient of {name_of(group, param)} must be a DTensor of the "
+                f"parameter's mesh, got {_described(grad)}"
+            )
+    elif type(grad) not in PLAIN and is_traceable_wrapper_subclass(grad):
         raise RuntimeError(
             f"{kind}: the gradient of {name_of(group, param)} must be a plain tensor, got "
             f"{type(grad).__name__}, which wraps others"
@@ -87,20 +99,32 @@ def check_state(
     """Refuse state, from a loaded state_dict say, that does not fit its parameter.
 
     Raises:
-        RuntimeError: if a state tensor has another shape than the parameter, or the step counter
-            is not one number.
+        RuntimeError: if a state tensor has another shape than the parameter, or another mesh or
+            other placements, or the step counter is not one number.
     """
     state = optimizer.state.get(param)
     if not state:
         return
     shape = param.shape
-    for name in names:
-        value = None if name is None else state.get(name)
+    for name in [*(name for name in names if name is not None), MASTER]:
+        value = state.get(name)
         if value is not None and (not isinstance(value, Tensor) or value.shape != shape):
             has = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise RuntimeError(
                 f"{type(optimizer).__name__}: state {name!r} of {name_of(group, param)} must have "
                 f"shape {tuple(shape)}, got {has}"
+            )
+        if value is not None and not same_layout(value, param):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: state {name!r} of {name_of(group, param)} must be "
+                f"{_described(param)}, got {_described(value)}"
+            )
+        codes, must = state.get(codes_key(name)), local_tensor(param).shape
+        if codes is not None and (not isinstance(codes, Tensor) or codes.shape != must):
+            has = tuple(codes.shape) if isinstance(codes, Tensor) else type(codes).__name__
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: state {codes_key(name)!r} of "
+                f"{name_of(group, param)} must have shape {tuple(must)}, got {has}"
             )
     step = state.get("step", 0)
     if not (isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1)):
@@ -109,3 +133,10 @@ def check_state(
             f"{type(optimizer).__name__}: state 'step' of {name_of(group, param)} must be one "
             f"number, got {has}"
         )
+
+
+def _described(tensor: Tensor) -> str:
+    """How messages call a tensor's place among processes."""
+    if not is_dtensor(tensor):
+        return "a plain tensor"
+    return f"a DTensor of {tensor.device_mesh} and placements {tensor.placements}"

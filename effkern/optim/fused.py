@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from effkern.ops.step import RuleOps
+from effkern.optim.calls import ListedCall
 from effkern.optim.checks import check_grad, check_param, check_state
 from effkern.optim.prepared import Prepared
-from effkern.optim.state import complete, step_counter
+from effkern.optim.state import complete, exported, step_counter
 from effkern.optim.storage import asked_options
 from effkern.optim.traced import step_lists
 
@@ -28,6 +29,10 @@ class FusedOptimizer(Optimizer):
 
     #: Whether a parameter's state holds the number of its steps.
     _keeps_step: ClassVar[bool] = True
+
+    #: What updates sharded parameters, where an element's update depends on all of its tensor: made
+    #: of the rule, the tensors and their `effkern.optim.distributed.Sharding`.
+    _sharded_call: ClassVar[Callable[..., ListedCall] | None] = None
 
     # Set by torch.amp.GradScaler for the time of a step.
     grad_scale: Tensor | None
@@ -58,7 +63,7 @@ class FusedOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Begin without what is kept between steps but not in ``state``."""
-        self._prepared = None
+        self._prepared: Prepared | None = None
         self._rounding_seed: int | None = None
         self._steps: dict[Tensor, Tensor] = {}
         self._last_norm: tuple[Tensor, Tensor | None] | None = None
@@ -78,6 +83,16 @@ class FusedOptimizer(Optimizer):
             # PyTorch before 1.12 kept step as a number, and so does Apex.
             if isinstance(of_param.get("step"), (int, float)):
                 of_param["step"] = step_counter(of_param["step"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's, which `torch.distributed.checkpoint` can save.
+
+        States of DTensors that are stored in 8 bits stand there as float32 DTensors, without codes
+        and scales of their own.
+        """
+        state_dict = super().state_dict()
+        state_dict["state"] = exported(self, state_dict["state"])
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, of the class of torch.optim it stands for, or of Apex.
@@ -199,19 +214,22 @@ class FusedOptimizer(Optimizer):
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self._check_capturable()
         prepared = self._prepared
-        accepted = None if prepared is None else self._accept(prepared)
+        redistributed: dict[Tensor, Tensor] = {}
+        accepted = None if prepared is None else self._accept(prepared, redistributed)
         if prepared is None or accepted is None:
             # What the old one keeps of tensors goes before new ones are made.
             prepared = self._prepared = None
             prepared = self._prepared = Prepared(self)
-            accepted = self._accept(prepared)
+            accepted = self._accept(prepared, redistributed)
             if accepted is None:
                 raise RuntimeError(f"{type(self).__name__}: a tensor was moved while the step ran")
         prepared.run(self, accepted)
 
-    def _accept(self, prepared: Prepared) -> list[list[Tensor]] | None:
+    def _accept(
+        self, prepared: Prepared, redistributed: dict[Tensor, Tensor]
+    ) -> list[list[Tensor]] | None:
         try:
-            return prepared.accept(self)
+            return prepared.accept(self, redistributed)
         except RuntimeError:
             self._check_grads()  # names the gradient, if that is what was refused
             raise

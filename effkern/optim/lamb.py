@@ -10,6 +10,7 @@ from torch import Tensor
 from effkern.ops import step as _ops
 from effkern.optim.arguments import check_lr, check_not_negative, checked_betas
 from effkern.optim.fused import FusedOptimizer
+from effkern.optim.sharded_lamb import ShardedLamb
 
 __all__ = ["FusedLAMB"]
 
@@ -45,6 +46,7 @@ class FusedLAMB(FusedOptimizer):
     """
 
     _rule = _ops.lamb
+    _sharded_call = ShardedLamb
 
     def __init__(
         self,

@@ -14,6 +14,14 @@ from torch import Tensor
 from effkern.backends import choice
 from effkern.optim.calls import ListedCall, PlannedCall, Tensors
 from effkern.optim.checks import check_grad, check_param, check_state
+from effkern.optim.distributed import (
+    Sharding,
+    is_dtensor,
+    local_gradient,
+    local_tensor,
+    sharding_of,
+    total_over_shards,
+)
 from effkern.optim.layout import share_memory
 from effkern.optim.scaling import step_keywords
 from effkern.optim.state import complete, create
@@ -54,6 +62,8 @@ class Prepared:
                                                     ``accept``
     a gradient of another dtype, device, layout     the call's ``accept``
     or shape
+    what a process has of a DTensor, a parameter    these local tensors, by identity; they are what
+    or a state, exchanged inside it                 is watched and updated
     ==============================================  ============================================
 
     Gradients are new at each step, so their addresses and strides are not part of this.
@@ -124,17 +134,24 @@ class Prepared:
         self._grad_types = {type(param.grad) for param in self._params}
         self._states = list(optimizer.state.values())
         self._entries = entries
-        self._watch = Watch([*entries, *private])
+        self._watch = Watch([*map(local_tensor, entries), *private])
         written = [*self._params, *entries]
+        self._of_dtensors = [i for i, param in enumerate(self._params) if is_dtensor(param)]
+        self._dtensors = [t for t in written if is_dtensor(t)]
+        self._shards = list(map(local_tensor, self._dtensors))
         # Tensors made in inference mode have no version counters, and a view shares its base's.
-        versioned = {id(t): t for t in map(_counted_by, written) if not t.is_inference()}
+        counted = map(_counted_by, [*written, *self._shards])
+        versioned = {id(t): t for t in counted if not t.is_inference()}
         self._versioned = list(versioned.values())
 
-    def accept(self, optimizer: FusedOptimizer) -> list[list[Tensor]] | None:
+    def accept(
+        self, optimizer: FusedOptimizer, redistributed: dict[Tensor, Tensor]
+    ) -> list[list[Tensor]] | None:
         """Take the gradients of a step; nothing is updated yet.
 
         Args:
             optimizer: the one this was made for.
+            redistributed: as `local_gradient` takes it; empty when a step begins.
 
         Returns:
             What must be given to `run`; None where what was prepared no longer holds.
@@ -153,6 +170,8 @@ class Prepared:
             or not self._stands(optimizer)
         ):
             return None
+        for i in self._of_dtensors:
+            grads[i] = local_gradient(self._params[i], grads[i], redistributed)
         accepted = []
         for call in self._calls:
             part = grads if len(call.which) == len(grads) else [grads[i] for i in call.which]
@@ -172,7 +191,9 @@ class Prepared:
                 return False
         except KeyError:
             return False
-        return not self._watch.moved()
+        return _same(list(map(local_tensor, self._dtensors)), self._shards) and (
+            not self._watch.moved()
+        )
 
     def _current_entries(self) -> Iterable[Any]:
         return chain.from_iterable(_values(keys, of) for keys, of in self._holders.items())
@@ -197,24 +218,31 @@ class Prepared:
             call.kernel.run(grads, arguments)
 
     def _squares(self) -> Tensor:
-        """The sums of squares of the gradients of each call, on the first call's device."""
-        by_device: dict[torch.device, list[_Call]] = {}
+        """Sums of squares of gradients, on the first call's device; of all shards."""
+        together: dict[Any, list[_Call]] = {}
         for call in self._calls:
-            by_device.setdefault(call.device, []).append(call)
+            together.setdefault((call.device, call.sharding), []).append(call)
         sums = []
-        for device, calls in by_device.items():
-            sums.append(torch.zeros(len(calls), dtype=torch.float64, device=device))
+        for (device, sharding), calls in together.items():
+            of_calls = torch.zeros(len(calls), dtype=torch.float64, device=device)
             for place, call in enumerate(calls):
-                call.kernel.squares(sums[-1], place)
+                call.kernel.squares(of_calls, place)
+            # How many calls there are depends on where tensors lie; not so how many sums.
+            sums.append(of_calls if sharding is None else of_calls.sum(0, keepdim=True))
+        sums = total_over_shards(sums, [sharding for _, sharding in together])
         return torch.cat([one.to(sums[0].device, non_blocking=True) for one in sums])
 
 
 @dataclass
 class _Call:
-    """One kernel call, where it is run, of what group it is, and which gradients it takes."""
+    """One kernel call, where it is run, of what group it is, and which gradients it takes.
+
+    All its parameters are sharded alike.
+    """
 
     kernel: PlannedCall | ListedCall
     device: torch.device
+    sharding: Sharding | None
     group: dict[str, Any]
     which: list[int]
 
@@ -232,21 +260,22 @@ def _calls(
     by_kind: dict[Any, list[int]] = {}
     for i, param in enumerate(params):
         counter = (steps[i].dtype, steps[i].device) if steps else None
-        kind = (param.device, param.dtype, counter, storage_of(group, param))
+        kind = (param.device, param.dtype, counter, storage_of(group, param), sharding_of(param))
         by_kind.setdefault(kind, []).append(i)
     calls = []
-    for (device, _, _, storage), which in by_kind.items():
+    kernel: PlannedCall | ListedCall
+    for (device, _, _, storage, sharding), which in by_kind.items():
         backend = backends[device.type]
 
         def tensors(part: list[int], storage: Storage = storage) -> Tensors:
             chosen = [params[i] for i in part]
 
             def of_state(key: str) -> list[Tensor]:
-                return [optimizer.state[param][key] for param in chosen]
+                return [local_tensor(optimizer.state[param][key]) for param in chosen]
 
             stored = codes_key if storage.quantized else str
             return Tensors(
-                chosen,
+                list(map(local_tensor, chosen)),
                 [of_state(stored(name)) if name else [] for name in names],
                 [of_state(scales_key(n)) if n and storage.quantized else [] for n in names],
                 [steps[i] for i in part] if steps else [],
@@ -255,18 +284,21 @@ def _calls(
                 storage,
             )
 
-        # Parameters that share memory, or are listed twice, are updated one after another.
         whole = tensors(which)
+        if sharding is not None and optimizer._sharded_call is not None:
+            kernel = optimizer._sharded_call(optimizer._rule, whole, sharding)
+            calls.append(_Call(kernel, device, sharding, group, [first + i for i in which]))
+            continue
+        # Parameters that share memory, or are listed twice, are updated one after another.
         written = [whole.params, *whole.states, *whole.scales, whole.steps, whole.masters]
         apart = backend != "reference" and share_memory([t for one in written for t in one])
         for part in [[i] for i in which] if apart else [which]:
             chosen = tensors(part) if apart else whole
-            kernel: PlannedCall | ListedCall
             if backend == "reference":
                 kernel = ListedCall(optimizer._rule, chosen)
             else:
                 kernel = PlannedCall(optimizer._rule, chosen, on_cpu=backend == "cpu")
-            calls.append(_Call(kernel, device, group, [first + i for i in part]))
+            calls.append(_Call(kernel, device, sharding, group, [first + i for i in part]))
     return calls
 
 

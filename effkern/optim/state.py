@@ -12,6 +12,7 @@ from torch.optim.optimizer import _get_scalar_dtype
 
 from effkern.backends.reference.quantize import dequantized, quantized
 from effkern.backends.table import QUANTIZED_BLOCK
+from effkern.optim.distributed import is_dtensor, local_tensor, wrapped_like
 from effkern.optim.layout import is_dense, lies_like
 from effkern.optim.storage import MASTER, Storage, codes_key, scales_key, storage_of
 
@@ -36,7 +37,8 @@ def create(optimizer: FusedOptimizer, group: dict[str, Any], params: Sequence[Te
     Args:
         optimizer: whose ``state`` is filled; left without entries where memory runs out.
         group: the group of the parameters.
-        params: of any strides.
+        params: of any strides; the states of DTensors are DTensors of the same mesh and
+            placements, but for 8 bits, which are plain tensors of this process alone.
     """
     names = [name for name in optimizer._states(group) if name is not None]
     if not names and not optimizer._keeps_step:
@@ -46,7 +48,8 @@ def create(optimizer: FusedOptimizer, group: dict[str, Any], params: Sequence[Te
         # State made in inference mode could not be written outside.
         with torch.inference_mode(False), torch.no_grad():
             steps = torch.zeros(len(params), dtype=_get_scalar_dtype(), device="cpu")
-            wanted = [_wanted(optimizer, group, param, names) for param in params]
+            shards = list(map(local_tensor, params))
+            wanted = [_wanted(optimizer, group, shard, names) for shard in shards]
             buffers = _Buffers(wanted)
             large = []
             for i, (param, of_param) in enumerate(zip(params, wanted, strict=True)):
@@ -67,14 +70,17 @@ def create(optimizer: FusedOptimizer, group: dict[str, Any], params: Sequence[Te
                 if value.stride() != one.like.stride():
                     value.as_strided_(one.like.shape, one.like.stride())
                 _filled(value, one.initial)
-            for param, state in zip(params, made, strict=True):
+            for shard, state in zip(shards, made, strict=True):
                 if MASTER in state:
-                    state[MASTER].copy_(param)
+                    state[MASTER].copy_(shard)
     except BaseException:
         for state in made:
             state.clear()
         raise
     for param, state in zip(params, made, strict=True):
+        if is_dtensor(param):
+            for key in {*names, MASTER} & state.keys():
+                state[key] = wrapped_like(state[key], param)
         optimizer.state[param].update(state)
 
 
@@ -108,18 +114,19 @@ def complete(
         step = state.get("step")
         if not isinstance(step, Tensor) or step.device != device or step.dtype not in _COUNTERS:
             state["step"] = step_counter(0.0 if step is None else float(step), device)
-    storage = storage_of(group, param)
+    storage, local = storage_of(group, param), local_tensor(param)
     new = False
     for name in kept:
         if storage.quantized != (codes_key(name) in state):
-            _recode(state, name, storage, optimizer._is_signed(group, name))
-    for one in _wanted(optimizer, group, param, kept):
-        value = state.get(one.key)
+            _recode(state, name, param, storage, optimizer._is_signed(group, name))
+    for one in _wanted(optimizer, group, local, kept):
+        value = local_tensor(state.get(one.key))
         if value is None or not one.fits(value):
             new = new or value is None
             if value is None and one.key == MASTER:
-                value = param
-            state[one.key] = one.made(value)
+                value = local
+            made = one.made(value)
+            state[one.key] = wrapped_like(made, param) if one.key in (*kept, MASTER) else made
     if not storage.master:
         state.pop(MASTER, None)
     return new
@@ -196,16 +203,43 @@ def _wanted(
     return wanted
 
 
-def _recode(state: dict[str, Any], name: str, storage: Storage, signed: bool) -> None:
-    """Bring a state, if it is there, from floating point to 8 bits or back."""
+def exported(optimizer: FusedOptimizer, packed: dict[int, dict[str, Any]]) -> dict[int, Any]:
+    """The states of a state_dict as they can be saved and loaded on any number of processes.
+
+    Those of DTensors in 8 bits become float32 DTensors, since blocks are cut within a shard;
+    loaded, they become the same codes again where the shards are the same.
+
+    Args:
+        optimizer: whose states they are.
+        packed: its states by the parameters' numbers; not changed.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    sharded = {i: param for i, param in enumerate(params) if i in packed and is_dtensor(param)}
+    states: dict[int, Any] = dict(packed)
+    for i, param in sharded.items():
+        states[i] = dict(packed[i])
+        for codes in [key for key in packed[i] if key == codes_key(key.removesuffix("_codes"))]:
+            _dequantize(states[i], codes.removesuffix("_codes"), param)
+    return states
+
+
+def _recode(
+    state: dict[str, Any], name: str, param: Tensor, storage: Storage, signed: bool
+) -> None:
+    """Bring a state of ``param``, if it is there, from floating point to 8 bits or back."""
     codes, scales = codes_key(name), scales_key(name)
     if storage.quantized and state.get(name) is not None:
-        value = state.pop(name)
+        value = local_tensor(state.pop(name))
         state[codes], state[scales] = quantized(
             value if is_dense(value) else value.contiguous(), signed
         )
     elif not storage.quantized:
-        state[name] = dequantized(state.pop(codes), state.pop(scales))
+        _dequantize(state, name, param)
+
+
+def _dequantize(state: dict[str, Any], name: str, param: Tensor) -> None:
+    values = dequantized(state.pop(codes_key(name)), state.pop(scales_key(name)))
+    state[name] = wrapped_like(values, param)
 
 
 class _Buffers:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from effkern.backends.table import STATE_TYPES
+from effkern.optim.distributed import shard_number
 
 if TYPE_CHECKING:
     from effkern.optim.fused import FusedOptimizer
@@ -110,5 +111,6 @@ def rounding_key(optimizer: FusedOptimizer, param: Tensor) -> int:
         optimizer._rounding_seed = torch.initial_seed() if alone else 0
     params = (p for group in optimizer.param_groups for p in group["params"])
     place = next(i for i, p in enumerate(params) if p is param)
-    key = (optimizer._rounding_seed * 0x9E3779B97F4A7C15 + place * 0xD1B54A32D192ED03) % 2**64
+    key = optimizer._rounding_seed * 0x9E3779B97F4A7C15 + place * 0xD1B54A32D192ED03
+    key = (key + shard_number(param) * 0x94D049BB133111EB) % 2**64
     return key - 2**64 if key >= 2**63 else key
