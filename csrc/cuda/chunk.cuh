@@ -7,6 +7,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/step.h"
+#include "math/clip.h"
 
 namespace effkern::cuda {
 
@@ -46,21 +47,26 @@ struct Blocks {
   int64_t count;
 };
 
-// Filled in by one thread of a block, in shared memory, for all.
-template <class Rule, class T>
-struct Chunk {
-  T *param, *state[kMostStates];
-  const T* grad;
+// What a block knows of its work, however the tensors are stored; S is the accumulation type.
+template <class Rule, class S>
+struct Work {
   int64_t* row;   // of the table
   int64_t index;  // of this chunk in its tensor
   int count;      // of elements
-  int vectors;    // of 16 bytes among them; 0 where an address is not a multiple of 16
   bool skipped;   // nothing else stands here, and nothing is to be done
-  Acc<T> factor;  // gradients are multiplied by it
+  S factor;       // gradients are multiplied by it
   double lr;
-  typename Rule::template Scalars<Acc<T>> scalars;
+  typename Rule::template Scalars<S> scalars;
   Counter counter;
   Blocks blocks;
+};
+
+// Filled in by one thread of a block, in shared memory, for all.
+template <class Rule, class T>
+struct Chunk : Work<Rule, Acc<T>> {
+  T *param, *state[kMostStates];
+  const T* grad;
+  int vectors;  // of 16 bytes among the elements; 0 where an address is not a multiple of 16
 };
 
 __device__ __forceinline__ double value_of(DeviceNumber number) {
@@ -68,12 +74,12 @@ __device__ __forceinline__ double value_of(DeviceNumber number) {
                           : static_cast<double>(load(static_cast<const float*>(number.address)));
 }
 
-// The number of the step that the formula is for; fills in `counter`.
-template <class Rule>
-__device__ double read_step(Counter& counter, const int64_t* row, const StepLaunch& task) {
+// The number of the step, 1 where neither the counter nor its reader knows it; fills in `counter`.
+__device__ __forceinline__ double read_step(Counter& counter, const int64_t* row,
+                                            const StepLaunch& task, bool reads_step) {
   counter.address = nullptr;
   if (!task.steps_on_device) {
-    return Rule::kCountsSteps ? static_cast<double>(load(row + kSteps) + task.elapsed) : 1.0;
+    return reads_step ? static_cast<double>(load(row + kSteps) + task.elapsed) : 1.0;
   }
   counter.address = reinterpret_cast<void*>(load(row + kStep));
   if (counter.address == nullptr) return 1.0;
@@ -81,27 +87,45 @@ __device__ double read_step(Counter& counter, const int64_t* row, const StepLaun
   return counter.next;
 }
 
-// `kReadsGrad`: whether the pass over the chunk reads gradients.
-template <int kVariant, bool kReadsGrad, class Rule, class T>
-__device__ void read_chunk(Chunk<Rule, T>& chunk, const StepLaunch& task, const Rule& rule) {
-  chunk.skipped = task.found_inf.address != nullptr && value_of(task.found_inf) != 0.0;
-  if (chunk.skipped) return;
+// What gradients are multiplied by.
+__device__ __forceinline__ double read_factor(const StepLaunch& task) {
+  const double scale = task.grad_scale.address != nullptr ? value_of(task.grad_scale) : 1.0;
+  if (task.squares == nullptr) return 1.0 / scale;
+  double sum = 0;
+#pragma unroll 1  // several at a time would take registers from the loop over elements
+  for (int64_t i = 0; i < task.squares_count; ++i) sum += load(task.squares + i);
+  return clipping_factor(sum, scale, task.max_norm);
+}
+
+// Returns the number of the step. `kReadsGrad`: whether the pass over the chunk reads gradients;
+// `reads_step`: whether it needs that number.
+template <bool kReadsGrad, class Rule, class S>
+__device__ __forceinline__ double read_work(Work<Rule, S>& work, const StepLaunch& task,
+                                            const Rule& rule, bool reads_step) {
+  work.skipped = task.found_inf.address != nullptr && value_of(task.found_inf) != 0.0;
+  if (work.skipped) return 0.0;
 
   const int32_t* const chunk_row = task.chunks + block_index() * kChunkColumns;
   int64_t* const row = task.table + load(chunk_row + kChunkTensor) * int64_t{kTableColumns};
-  chunk.row = row;
-  chunk.index = load(chunk_row + kChunkIndex);
-  const double t = read_step<Rule>(chunk.counter, row, task);
-  chunk.lr = task.lr_on_device.address != nullptr ? value_of(task.lr_on_device) : task.lr;
-  chunk.scalars = rule.template scalars<Acc<T>>(chunk.lr, t);
-  chunk.factor = kReadsGrad && task.grad_scale.address != nullptr
-                     ? static_cast<Acc<T>>(1.0 / value_of(task.grad_scale))
-                     : Acc<T>(1);
+  work.row = row;
+  work.index = load(chunk_row + kChunkIndex);
+  const double t = read_step(work.counter, row, task, reads_step);
+  work.lr = task.lr_on_device.address != nullptr ? value_of(task.lr_on_device) : task.lr;
+  work.scalars = rule.template scalars<S>(work.lr, t);
+  if constexpr (kReadsGrad) work.factor = static_cast<S>(read_factor(task));
+  const int64_t numel = load(row + kNumel), left = numel - work.index * kChunk;
+  work.count = static_cast<int>(left < kChunk ? left : kChunk);
+  work.blocks.ticket = reinterpret_cast<unsigned*>(row + kTicket);
+  work.blocks.count = numel > kChunk ? (numel + kChunk - 1) / kChunk : 1;
+  return t;
+}
 
-  const int64_t numel = load(row + kNumel), start = chunk.index * kChunk, left = numel - start;
-  chunk.count = static_cast<int>(left < kChunk ? left : kChunk);
-  chunk.blocks.ticket = reinterpret_cast<unsigned*>(row + kTicket);
-  chunk.blocks.count = numel > kChunk ? (numel + kChunk - 1) / kChunk : 1;
+template <int kVariant, bool kReadsGrad, class Rule, class T>
+__device__ void read_chunk(Chunk<Rule, T>& chunk, const StepLaunch& task, const Rule& rule) {
+  read_work<kReadsGrad>(chunk, task, rule, Rule::kCountsSteps);
+  if (chunk.skipped) return;
+  const int64_t* const row = chunk.row;
+  const int64_t start = chunk.index * kChunk;
   int64_t addresses = 0;
   const auto address = [&](int64_t column) {
     const int64_t result = load(row + column) + start * static_cast<int64_t>(sizeof(T));
@@ -119,8 +143,8 @@ __device__ void read_chunk(Chunk<Rule, T>& chunk, const StepLaunch& task, const 
 
 // Calls body(integral_constant<int, V>, offset) for this thread's share of a chunk: V elements from
 // `offset` on.
-template <class Rule, class T, class Body>
-__device__ __forceinline__ void for_each_vector(const Chunk<Rule, T>& chunk, const Body& body) {
+template <class T, class AnyChunk, class Body>
+__device__ __forceinline__ void for_each_vector(const AnyChunk& chunk, const Body& body) {
   const int thread = static_cast<int>(threadIdx.x);
   for (int i = thread; i < chunk.vectors; i += kStepThreads) {
     body(std::integral_constant<int, kWidth<T>>{}, i * kWidth<T>);

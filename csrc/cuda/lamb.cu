@@ -82,9 +82,9 @@ __global__ void __launch_bounds__(kStepThreads, kAdvanceBlocks<T>)
   if (threadIdx.x == 0) read_chunk<0, /*kReadsGrad=*/true>(shared->chunk, task, rule);
   __syncthreads();
   if (shared->chunk.skipped) return;
-  const LambChunk<T> chunk = shared->chunk;
+  const LambChunk<T>& chunk = shared->chunk;  // a copy would take registers from the sums
   double sums[kSums] = {};
-  for_each_vector(
+  for_each_vector<T>(
       chunk, [&](auto width, int offset) { advance<decltype(width)::value>(chunk, offset, sums); });
 
   sum_over_block(sums, shared->scratch);
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<Lamb, 0, T>)
   const LambChunk<T> chunk = shared->chunk;
   const Acc<T> step_size = shared->step_size;
   if (threadIdx.x == 0) count_step(chunk.counter, chunk.blocks, task.steps_are_double);
-  for_each_vector(chunk, [&](auto width, int offset) {
+  for_each_vector<T>(chunk, [&](auto width, int offset) {
     apply<decltype(width)::value>(chunk, offset, step_size);
   });
 }

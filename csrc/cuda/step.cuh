@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<Rule, kVariant, T>)
   if (shared->skipped) return;
   const Chunk<Rule, T> chunk = *shared;
   if (threadIdx.x == 0) count_step(chunk.counter, chunk.blocks, task.steps_are_double);
-  for_each_vector(chunk, [&](auto width, int offset) {
+  for_each_vector<T>(chunk, [&](auto width, int offset) {
     update<decltype(width)::value, kVariant>(chunk, offset);
   });
 }

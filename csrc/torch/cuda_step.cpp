@@ -33,9 +33,11 @@ cuda::DeviceNumber device_number(const std::optional<Tensor>& tensor, const char
 }
 
 // All of a launch but its table and chunks.
-cuda::StepLaunch launch_of(const StepKeywords& keywords, DType dtype, Device device, Steps steps) {
+cuda::StepLaunch launch_of(const StepKeywords& keywords, DType dtype, const Storage& storage,
+                           Device device, Steps steps) {
   cuda::StepLaunch task{};
   task.dtype = dtype;
+  task.storage = storage;
   task.steps_on_device = steps.on_device;
   task.steps_are_double = steps.are_double;
   task.lr = keywords.lr;
@@ -47,6 +49,14 @@ cuda::StepLaunch launch_of(const StepKeywords& keywords, DType dtype, Device dev
   }
   task.grad_scale = device_number(keywords.grad_scale, "grad_scale", device);
   task.found_inf = device_number(keywords.found_inf, "found_inf", device);
+  if (keywords.squares) {
+    check_squares(*keywords.squares);
+    STD_TORCH_CHECK(device_of(*keywords.squares) == device,
+                    "squares is on another device; it must be on the parameters' device");
+    task.squares = static_cast<const double*>(keywords.squares->const_data_ptr());
+    task.squares_count = keywords.squares->numel();
+    task.max_norm = keywords.max_norm;
+  }
   return task;
 }
 
@@ -99,7 +109,7 @@ void set_steps(int64_t* rows, int64_t tensors, Steps steps) {
   }
 }
 
-// ---- the ops ----
+// ---- tables on the device ----
 
 // As effkern/optim/plan.py makes them.
 std::vector<int32_t> chunks_of(const StepTable& table) {
@@ -114,6 +124,52 @@ std::vector<int32_t> chunks_of(const StepTable& table) {
   }
   return chunks;
 }
+
+// A table that serves one call, on the device for as long as this lives.
+class UploadedTable {
+ public:
+  UploadedTable(const StepTable& table, cudaStream_t stream)
+      : UploadedTable(table, chunks_of(table), stream) {}
+
+  void put_in(cuda::StepLaunch& task) const {
+    task.table = static_cast<int64_t*>(rows_.mutable_data_ptr());
+    task.chunks = static_cast<const int32_t*>(chunks_.const_data_ptr());
+    task.chunk_count = count_;
+  }
+
+ private:
+  UploadedTable(const StepTable& table, const std::vector<int32_t>& chunks, cudaStream_t stream)
+      : rows_(uploaded(table.rows, table.device, stream)),
+        chunks_(uploaded(chunks, table.device, stream)),
+        count_(static_cast<int64_t>(chunks.size()) / kChunkColumns) {}
+
+  Tensor rows_, chunks_;
+  int64_t count_;
+};
+
+void check_on_device(const PlanArguments& plan, Device device) {
+  STD_TORCH_CHECK(plan.device_table.is_contiguous() &&
+                      plan.device_table.numel() == plan.table.numel() &&
+                      plan.device_table.scalar_type() == ScalarType::Long,
+                  "device_table must be a copy of table on the parameters' device");
+  STD_TORCH_CHECK(plan.chunks.is_contiguous() && plan.chunks.scalar_type() == ScalarType::Int &&
+                      device_of(plan.chunks) == device && plan.chunks.dim() == 2 &&
+                      plan.chunks.size(1) == kChunkColumns,
+                  "chunks must be a contiguous int32 tensor of ", int64_t{kChunkColumns},
+                  " columns on the device of device_table");
+}
+
+void upload_plan(const PlanArguments& plan, const int64_t* rows, cudaStream_t stream) {
+  upload(plan.device_table.mutable_data_ptr(), rows, plan.table.numel() * sizeof(int64_t), stream);
+}
+
+void put_in(cuda::StepLaunch& task, const PlanArguments& plan) {
+  task.table = static_cast<int64_t*>(plan.device_table.mutable_data_ptr());
+  task.chunks = static_cast<const int32_t*>(plan.chunks.const_data_ptr());
+  task.chunk_count = plan.chunks.size(0);
+}
+
+// ---- the ops ----
 
 template <class Rule>
 void run(const cuda::StepLaunch& task, const Rule& rule, Device, cudaStream_t stream) {
@@ -134,21 +190,18 @@ struct CudaSteps {
     const int64_t tensors = table.tensors();
     if (tensors == 0) return;
     const bool found = host_counts(rows, tensors, table.steps) && host_finds_inf(keywords);
-    cuda::StepLaunch task = launch_of(keywords, table.dtype, table.device, table.steps);
+    cuda::StepLaunch task =
+        launch_of(keywords, table.dtype, table.storage, table.device, table.steps);
     if (found) return;
 
     if (!table.steps.on_device) {
       count_steps(rows, tensors, table.steps);
       set_steps(rows, tensors, table.steps);
     }
-    const std::vector<int32_t> chunks = chunks_of(table);
     const CudaDevice current(table.device);
     const cudaStream_t stream = current.stream();
-    const Tensor device_table = uploaded(table.rows, table.device, stream);
-    const Tensor device_chunks = uploaded(chunks, table.device, stream);
-    task.table = static_cast<int64_t*>(device_table.mutable_data_ptr());
-    task.chunks = static_cast<const int32_t*>(device_chunks.const_data_ptr());
-    task.chunk_count = static_cast<int64_t>(chunks.size()) / kChunkColumns;
+    const UploadedTable uploaded(table, stream);
+    uploaded.put_in(task);
     run(task, rule, table.device, stream);
   }
 
@@ -164,7 +217,7 @@ struct CudaSteps {
     const Steps steps = header.steps();
     if (tensors == 0) return;
     const bool found = host_counts(rows, tensors, steps) && host_finds_inf(keywords);
-    cuda::StepLaunch task = launch_of(keywords, header.dtype(), device, steps);
+    cuda::StepLaunch task = launch_of(keywords, header.dtype(), header.storage(), device, steps);
 
     const bool counts = !steps.on_device && !found;
     const std::optional<int64_t> elapsed = counts ? count_steps(rows, tensors, steps) : int64_t{0};
@@ -172,35 +225,67 @@ struct CudaSteps {
     const cudaStream_t stream = current.stream();
     if (plan.moved || !elapsed) {
       if (!steps.on_device) set_steps(rows, tensors, steps);
-      upload(plan.device_table.mutable_data_ptr(), rows, tensors * kTableColumns * sizeof(int64_t),
-             stream);
+      upload_plan(plan, rows, stream);
     } else {
       task.elapsed = *elapsed;
     }
     if (found) return;  // with the device's copy of the table up to date
-    task.table = static_cast<int64_t*>(plan.device_table.mutable_data_ptr());
-    task.chunks = static_cast<const int32_t*>(plan.chunks.const_data_ptr());
-    task.chunk_count = plan.chunks.size(0);
+    put_in(task, plan);
     run(task, rule, device, stream);
   }
-
- private:
-  static void check_on_device(const PlanArguments& plan, Device device) {
-    STD_TORCH_CHECK(plan.device_table.is_contiguous() &&
-                        plan.device_table.numel() == plan.table.numel() &&
-                        plan.device_table.scalar_type() == ScalarType::Long,
-                    "device_table must be a copy of table on the parameters' device");
-    STD_TORCH_CHECK(plan.chunks.is_contiguous() && plan.chunks.scalar_type() == ScalarType::Int &&
-                        device_of(plan.chunks) == device && plan.chunks.dim() == 2 &&
-                        plan.chunks.size(1) == kChunkColumns,
-                    "chunks must be a contiguous int32 tensor of ", int64_t{kChunkColumns},
-                    " columns on the device of device_table");
-  }
 };
+
+// ---- sums of squares ----
+
+// squares[place] = the sum of squares of all gradients.
+void put_squares(const Tensor& squares, int64_t place, const cuda::StepLaunch& task, Device device,
+                 cudaStream_t stream) {
+  check_squares(squares);
+  STD_TORCH_CHECK(device_of(squares) == device,
+                  "squares is on another device; it must be on the gradients' device");
+  STD_TORCH_CHECK(0 <= place && place < squares.numel(), "place is ", place,
+                  "; it must be a place of squares, which has ", squares.numel(), " numbers");
+  const Tensor workspace = empty_bytes(cuda::squares_workspace(task), device);  // as LAMB's
+  cuda::squares(task, workspace.mutable_data_ptr(),
+                static_cast<double*>(squares.mutable_data_ptr()) + place, stream);
+}
+
+void squares(const Tensor& squares, int64_t place, const std::vector<Tensor>& grads) {
+  StepTable table = gradient_table(grads);
+  if (grads.empty()) table.device = device_of(squares);
+  const CudaDevice current(table.device);
+  const cudaStream_t stream = current.stream();
+  const UploadedTable uploaded(table, stream);
+  cuda::StepLaunch task{};
+  task.dtype = table.dtype;
+  uploaded.put_in(task);
+  put_squares(squares, place, task, table.device, stream);
+}
+
+// Comes before the step by the same plan, which is then told that the table has not moved: kSteps
+// are uploaded as the host has them, so the step finds what it left.
+void boxed_squares_planned(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const PlanArguments plan(arguments);
+  const Tensor squares = arguments.next<Tensor>();
+  const int64_t place = arguments.next<int64_t>();
+  const int64_t* const rows = planned_table(plan.table);
+  const Device device = device_of(plan.device_table);
+  check_on_device(plan, device);
+  const CudaDevice current(device);
+  const cudaStream_t stream = current.stream();
+  if (plan.moved) upload_plan(plan, rows, stream);
+  cuda::StepLaunch task{};
+  task.dtype = PlanHeader(plan.layouts).dtype();
+  put_in(task, plan);
+  put_squares(squares, place, task, device, stream);
+}
 
 }  // namespace
 }  // namespace effkern
 
 STABLE_TORCH_LIBRARY_IMPL(effkern, EFFKERN_CUDA_KEY, m) {
   effkern::register_steps<effkern::CudaSteps>(m, EFFKERN_CUDA_OVERLOAD);
+  m.impl("_squares_" EFFKERN_CUDA_OVERLOAD, TORCH_BOX(&effkern::squares));
+  m.impl("_squares_planned_" EFFKERN_CUDA_OVERLOAD, &effkern::boxed_squares_planned);
 }

@@ -83,13 +83,25 @@ inline unsigned atomicInc(unsigned* p, unsigned last) {
 }
 
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int offset) {
+T __shfl_sync(unsigned mask, T value, int from) {
   if (mask != 0xffffffffu) simt::fail("a shuffle among part of a warp is not supported here");
   uint64_t word = 0;
   __builtin_memcpy(&word, &value, sizeof(value));
-  word = simt::exchange_in_warp(word, simt::lane() ^ offset);
+  word = simt::exchange_in_warp(word, from);
   __builtin_memcpy(&value, &word, sizeof(value));
   return value;
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int offset) {
+  return __shfl_sync(mask, value, simt::lane() ^ offset);
+}
+
+// To the nearest, ties to even; 0 for NaN, and the nearest there is for what int does not hold.
+inline int __float2int_rn(float x) {
+  if (x != x) return 0;
+  if (x >= 2147483648.0f) return 2147483647;
+  if (x < -2147483648.0f) return -2147483647 - 1;
+  return static_cast<int>(__builtin_nearbyintf(x));
 }
 
 // The few calls of CUDA's runtime that the sources make.
@@ -98,6 +110,10 @@ enum cudaError_t { cudaSuccess = 0 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t);
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  __builtin_memset(to, value, bytes);
+  return cudaSuccess;
+}
 
 // What the bindings ask of torch about CUDA, and for memory: see simt_torch.cpp.
 #define aoti_torch_create_cuda_guard simt_create_cuda_guard

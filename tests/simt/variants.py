@@ -11,10 +11,12 @@ from torch import Tensor
 
 from effkern.ops.plan import put_gradients_
 from effkern.optim.plan import Plan
+from effkern.optim.storage import Storage
 from tests.support.rules import BY_NAME, Rule, Tensors
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CHUNK = 8192
+PLAIN = Storage(state=torch.float32, as_param=True, master=False, stochastic=False)
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,10 @@ class Variant:
         """How many it reads and writes."""
         return sum(self.kept)
 
-    def lists(self, tensors: Tensors) -> list[list[Tensor]]:
-        """What the op on lists takes."""
+    def lists(self, tensors: Tensors) -> list[list[Any]]:
+        """What the op on lists takes: states, step counters, no masters, scales and keys."""
         states = [one if kept else [] for one, kept in zip(tensors.states, self.kept, strict=True)]
-        return [tensors.params, tensors.grads, *states, tensors.steps]
+        return [tensors.params, tensors.grads, *states, tensors.steps, [], [], []]
 
     def by_lists(self, tensors: Tensors, overload: str = "simt", **keywords: Any) -> None:
         """A step by the op on lists."""
@@ -89,10 +91,10 @@ class Planned:
     """
 
     def __init__(self, variant: Variant, tensors: Tensors, *, on_device: bool) -> None:
-        params, _, *states, steps = variant.lists(tensors)
+        params, _, *states, steps, _, _, _ = variant.lists(tensors)
         self._tensors, self._options = tensors, variant.options  # a plan keeps nothing alive
         self._op = getattr(torch.ops.effkern, f"_{variant.rule.name}_planned_").simt
-        self.plan = Plan(params, states, steps, on_cpu=False)
+        self.plan = Plan(params, states, steps, PLAIN, [], [], [], on_cpu=False)
         if on_device:
             self.plan.layouts[1] |= 2  # Steps::on_device of csrc/torch/multi_tensor.h
 
