@@ -21,9 +21,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from effkern.backends.table import QUANTIZED_BLOCK
 from effkern.backends.triton.numerics import TRITON_DTYPE
 from effkern.backends.triton.rms_norm import rms_norm_backward, rms_norm_forward
 from effkern.backends.triton.rules import RULES
+from effkern.backends.triton.squares import squares_
 from effkern.backends.triton.step import step_
 
 ARCHITECTURES = (80, 90, 100)
@@ -95,6 +97,14 @@ def main_paths() -> Iterator[Path]:
     for rule in ("adam", "lamb"):
         call = partial(_step, rule, torch.float32, on_device=True)
         yield Path(rule, "float32 on the device", call)
+        yield Path(rule, "float32, int8", partial(_mixed_step, rule, torch.float32, "int8"))
+    for state in (torch.float32, "int8"):
+        name = str(state).removeprefix("torch.")
+        call = partial(_mixed_step, "adam", torch.bfloat16, state, masters=True)
+        yield Path("adam", f"bfloat16, {name}, masters", call)
+    call = partial(_mixed_step, "adam", torch.bfloat16, "int8", stochastic=True)
+    yield Path("adam", "bfloat16, int8, stochastic", call)
+    yield Path("squares", "float32", _squares)
 
 
 def record(call: Callable[[], None]) -> list[Launch]:
@@ -238,6 +248,46 @@ def _step(rule: str, dtype: torch.dtype, *, on_device: bool = False, **changed: 
         grad_scale=number,
         found_inf=number,
         **(_OPTIONS[rule] | changed),
+    )
+
+
+def _mixed_step(
+    rule: str,
+    dtype: torch.dtype,
+    state: torch.dtype | str,
+    *,
+    masters: bool = False,
+    stochastic: bool = False,
+) -> None:
+    """With gradients clipped; ``state``: a dtype, or "int8"."""
+    options = _OPTIONS[rule]
+    kept = RULES[rule].form(**options).kept
+    param = torch.empty(4096, dtype=dtype, device="meta")
+    states = []
+    for keep, signed in zip(kept, RULES[rule].states.values(), strict=True):
+        code = torch.int8 if signed else torch.uint8
+        of_state = code if isinstance(state, str) else state
+        states.append([torch.empty_like(param, dtype=of_state)] if keep else [])
+    scales = torch.empty(4096 // QUANTIZED_BLOCK, device="meta")
+    step_(
+        rule,
+        [param],
+        [param],
+        *states,
+        [torch.zeros(())],
+        [param.float()] if masters else [],
+        [scales] * sum(kept) if state == "int8" else [],
+        [1] if stochastic else [],
+        lr=1e-3,
+        squares=torch.empty(2, dtype=torch.float64, device="meta"),
+        max_norm=1.0,
+        **options,
+    )
+
+
+def _squares() -> None:
+    squares_(
+        torch.empty(1, dtype=torch.float64, device="meta"), 0, [torch.empty(4096, device="meta")]
     )
 
 

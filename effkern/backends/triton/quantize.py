@@ -11,6 +11,7 @@ import triton.language as tl
 # Added to a number of at most 22 bits, it leaves no room for a fraction: the sum is rounded to the
 # nearest whole number, ties to even, which then stands in its lowest bits.
 _ROUNDS = tl.constexpr(12582912.0)
+_LARGEST = tl.constexpr(3.4e38)
 
 
 @triton.jit
@@ -35,11 +36,13 @@ def scales_of(values):
 def quantized(values, scales, SIGNED: tl.constexpr):
     """The codes of rows of values: int8 if they may be negative, else uint8."""
     if SIGNED:
-        factors = tl.where(scales > 0, 127.0 / scales, 0.0)
+        # Finite, also where the scale is subnormal: infinity times 0 is NaN.
+        factors = tl.where(scales > 0, tl.minimum(127.0 / scales, _LARGEST), 0.0)
         rounded = values * factors[:, None] + _ROUNDS
         codes = rounded.to(tl.int32, bitcast=True).to(tl.int8)
     else:
-        factors = tl.where(scales > 0, 255.0 / tl.sqrt(scales), 0.0)
+        roots = tl.sqrt(scales)  # 0 where the scale is subnormal: the GPU's root
+        factors = tl.where(roots > 0, 255.0 / roots, 0.0)
         rounded = tl.sqrt(values) * factors[:, None] + _ROUNDS
         # What is not zero stays so.
         least = (values > 0).to(tl.int32)

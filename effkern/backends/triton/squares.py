@@ -153,7 +153,8 @@ def _sum(table: Tensor, chunks: Tensor, dtype: torch.dtype, squares: Tensor, pla
         place,
         DTYPE=TRITON_DTYPE[dtype],
         ACC=TRITON_DTYPE[accumulation_dtype(dtype)],
-        BLOCK=multi_tensor.block_size(dtype.itemsize),
+        # Two accesses a thread under way: there is but one tensor to read.
+        BLOCK=2 * multi_tensor.block_size(dtype.itemsize),
         num_warps=multi_tensor.WARPS,
         **COMPILER_OPTIONS,
     )
