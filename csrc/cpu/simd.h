@@ -159,6 +159,52 @@ EFFKERN_INLINE void store(Float16* p, Floats v) {
   __builtin_memcpy(p, &bits, sizeof(bits));
 }
 
+// ---- codes of 8 bits ----
+
+// The compiler's own conversions go through one register for each element.
+#if defined(__AVX512F__)
+EFFKERN_INLINE Ints load_codes(const int8_t* p) {
+  return bit_cast<Ints>(
+      _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+EFFKERN_INLINE Ints load_codes(const uint8_t* p) {
+  return bit_cast<Ints>(
+      _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+// Of each number the lowest 8 bits.
+EFFKERN_INLINE void store_codes(void* p, Ints v) {
+  _mm_storeu_si128(static_cast<__m128i*>(p),
+                   _mm512_maskz_cvtepi32_epi8(0xffff, bit_cast<__m512i>(v)));
+}
+#elif defined(__AVX2__)
+EFFKERN_INLINE Ints load_codes(const int8_t* p) {
+  return bit_cast<Ints>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+EFFKERN_INLINE Ints load_codes(const uint8_t* p) {
+  return bit_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+EFFKERN_INLINE void store_codes(void* p, Ints v) {
+  const __m256i low_bytes =
+      _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1,
+                       -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i halves = _mm256_shuffle_epi8(bit_cast<__m256i>(v), low_bytes);
+  const __m256i together =
+      _mm256_permutevar8x32_epi32(halves, _mm256_setr_epi32(0, 4, 1, 1, 1, 1, 1, 1));
+  _mm_storel_epi64(static_cast<__m128i*>(p), _mm256_castsi256_si128(together));
+}
+#else
+template <class Code>
+EFFKERN_INLINE Ints load_codes(const Code* p) {
+  Ints v = {};
+  for (int64_t i = 0; i < kLanes<float>; ++i) v[i] = p[i];
+  return v;
+}
+EFFKERN_INLINE void store_codes(void* p, Ints v) {
+  for (int64_t i = 0; i < kLanes<float>; ++i)
+    static_cast<uint8_t*>(p)[i] = static_cast<uint8_t>(v[i]);
+}
+#endif
+
 // The value that comes back from storage type T.
 template <class T>
 EFFKERN_INLINE Vec<T> rounded_to(Vec<T> v) {

@@ -93,7 +93,7 @@ void apply(const StepTask& task, const Lamb& rule, const double* ratios, int64_t
 void sum_block(const Block<Lamb>& block, int64_t count, const Lamb::Scalars<float>& scalars,
                SumOfSquares<float>& params, SumOfSquares<float>& directions) {
   for (int64_t i = 0; i < count; i += kLanes<float>) {
-    const Floats param = load(block.param.of + i);
+    const Floats param = load(block.param + i);
     const Floats state[kMostStates] = {load(block.state[0].of + i), load(block.state[1].of + i)};
     Floats direction = Lamb::direction(param, state, scalars);
     for (int64_t lane = count - i; lane < kLanes<float>; ++lane) direction[lane] = 0;
@@ -116,7 +116,9 @@ void advance_mixed(const StepTask& task, const Lamb& rule, double* squares, int6
       block.load_states(row, b, count);
       for (int64_t i = 0; i < count; i += kLanes<float>) {
         Floats state[kMostStates] = {load(block.state[0].of + i), load(block.state[1].of + i)};
-        Lamb::advance(load(block.grad.of + i), state, scalars);
+        Floats grad = load(block.grad + i);
+        if (block.factor != 1) grad = grad * block.factor;
+        Lamb::advance(grad, state, scalars);
         store(block.state[0].of + i, state[0]);
         store(block.state[1].of + i, state[1]);
       }
@@ -140,9 +142,9 @@ void apply_mixed(const StepTask& task, const Lamb& rule, const double* ratios, i
     block.load_param(row, from, count);
     block.load_states(row, from, count);
     for (int64_t i = 0; i < count; i += kLanes<float>) {
-      const Floats param = load(block.param.of + i);
+      const Floats param = load(block.param + i);
       const Floats state[kMostStates] = {load(block.state[0].of + i), load(block.state[1].of + i)};
-      store(block.param.of + i, param - Lamb::direction(param, state, scalars) * step_size);
+      store(block.param + i, param - Lamb::direction(param, state, scalars) * step_size);
     }
     block.store_param(row, from, count, all_scalars.step());
   });

@@ -31,11 +31,12 @@ void widen(const T* from, int64_t count, Values& to) {
   for (; i < kBlock; i += kLanes<float>) store(to.of + i, Floats{});
 }
 
+// `from` may be read up to the end of its last vector.
 template <class T>
-void narrow(const Values& from, int64_t count, T* to) {
+void narrow(const float* from, int64_t count, T* to) {
   int64_t i = 0;
-  for (; i + kLanes<float> <= count; i += kLanes<float>) store(to + i, load(from.of + i));
-  if (i < count) store_first(to + i, load(from.of + i), count - i);
+  for (; i + kLanes<float> <= count; i += kLanes<float>) store(to + i, load(from + i));
+  if (i < count) store_first(to + i, load(from + i), count - i);
 }
 
 // ---- stochastic rounding ----
@@ -47,14 +48,14 @@ EFFKERN_INLINE Words lane_numbers() {
 }
 
 // `index` is that of the block's first element in its tensor.
-inline void narrow_stochastically(const Values& from, int64_t count, uint32_t seed, int64_t index,
+inline void narrow_stochastically(const float* from, int64_t count, uint32_t seed, int64_t index,
                                   BFloat16* to) {
   const uint64_t first = static_cast<uint64_t>(index);
   const uint32_t stream = rounding_stream(seed, static_cast<uint32_t>(first >> 32));
   Words lower = lane_numbers() + static_cast<uint32_t>(first);
   for (int64_t i = 0; i < count;
        i += kLanes<float>, lower += static_cast<uint32_t>(kLanes<float>)) {
-    const Floats x = load(from.of + i);
+    const Floats x = load(from + i);
     const Words bits = bit_cast<Words>(x);
     const Words rounded = round_stochastically(bits, random_bits(stream, lower));
     const Words nearest = __builtin_convertvector(to_bfloat16(x), Words);
@@ -68,12 +69,7 @@ inline void narrow_stochastically(const Values& from, int64_t count, uint32_t se
 
 // ---- states in 8 bits ----
 
-template <class Code>
-using Codes = typename VectorOf<Code, EFFKERN_VECTOR_BYTES / 4>::Type;
-
-EFFKERN_INLINE Floats magnitude(Floats x) {
-  return bit_cast<Floats>(bit_cast<Words>(x) & 0x7fffffffu);
-}
+EFFKERN_INLINE Words magnitude_bits(Floats x) { return bit_cast<Words>(x) & 0x7fffffffu; }
 
 // Floating-point numbers of magnitude below 2^22, to the nearest integer, ties to even.
 EFFKERN_INLINE Ints nearest(Floats x) { return bit_cast<Ints>(x + 12582912.0f) - 0x4b400000; }
@@ -87,26 +83,31 @@ void dequantize(const Code* codes, float scale, int64_t count, Values& to) {
     codes = padded;
   }
   for (int64_t i = 0; i < kBlock; i += kLanes<float>) {
-    Codes<Code> packed;
-    __builtin_memcpy(&packed, codes + i, sizeof(packed));
-    const Floats code = __builtin_convertvector(__builtin_convertvector(packed, Ints), Floats);
+    const Floats code = __builtin_convertvector(load_codes(codes + i), Floats);
     store(to.of + i, kSigned ? signed_value(code, scale) : unsigned_value(code, scale));
   }
+}
+
+// The largest magnitude. As bits, magnitudes of float32 are ordered like integers, NaN above all.
+inline float largest_magnitude(const Values& values) {
+  Words most = {};
+  for (int64_t i = 0; i < kBlock; i += kLanes<float>) {
+    const Words one = magnitude_bits(load(values.of + i));
+    most = one > most ? one : most;
+  }
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < kLanes<float>; ++i) bits = most[i] > bits ? most[i] : bits;
+  return bit_cast<float>(bits);
 }
 
 template <class Code>
 void quantize(const Values& from, int64_t count, Code* codes, float* scale) {
   constexpr bool kSigned = static_cast<Code>(-1) < 0;
-  Floats most = {};
-  for (int64_t i = 0; i < kBlock; i += kLanes<float>) {
-    most = larger(most, kSigned ? magnitude(load(from.of + i)) : load(from.of + i));
-  }
-  float largest = 0;
-  for (int64_t i = 0; i < kLanes<float>; ++i)
-    largest = larger(largest, static_cast<float>(most[i]));
+  const float largest = largest_magnitude(from);
   *scale = largest;
   const float factor = largest == 0 ? 0 : kSigned ? 127 / largest : 255 / square_root(largest);
-  alignas(64) Code made[kBlock];
+  Code padded[kBlock];
+  Code* const made = count < kBlock ? padded : codes;
   for (int64_t i = 0; i < kBlock; i += kLanes<float>) {
     const Floats x = load(from.of + i);
     Floats code;
@@ -116,20 +117,24 @@ void quantize(const Values& from, int64_t count, Code* codes, float* scale) {
       code = unsigned_code(x, factor);
       code = (x > 0) & (code < 1) ? Floats{} + 1 : code;
     }
-    const Codes<Code> packed = __builtin_convertvector(nearest(code), Codes<Code>);
-    __builtin_memcpy(made + i, &packed, sizeof(packed));
+    store_codes(made + i, nearest(code));
   }
-  __builtin_memcpy(codes, made, static_cast<size_t>(count));
+  if (count < kBlock) __builtin_memcpy(codes, padded, static_cast<size_t>(count));
 }
 
 // ---- a block of all of a tensor's arrays ----
 
+// Parameters and gradients of float32 stay where they are, in whole blocks; all else is brought
+// into `Values`.
 template <class Rule>
 class Block {
  public:
-  Values param, grad, state[kMostStates];
+  float *param, *grad;
+  float factor;  // by which the gradient remains to be multiplied
+  Values state[kMostStates];
 
-  Block(const StepTask& task, const Rule& rule) : task_(task), variant_(rule.variant()) {}
+  Block(const StepTask& task, const Rule& rule)
+      : factor(static_cast<float>(task.factor)), task_(task), variant_(rule.variant()) {}
 
   // Elements [begin, begin + count) of the tensor of `row`; count is at most kBlock.
   void load_states(const int64_t* row, int64_t begin, int64_t count) {
@@ -138,17 +143,22 @@ class Block {
     }
   }
   void load_param(const int64_t* row, int64_t begin, int64_t count) {
-    if (task_.storage.masters) {
-      widen(address<float>(row, kMaster) + begin, count, param);
+    const bool is_float = task_.storage.masters || task_.dtype == DType::kFloat32;
+    const int64_t column = task_.storage.masters ? kMaster : kParam;
+    if (is_float) {
+      param = in_place(address<float>(row, column) + begin, count, param_);
     } else {
-      load_as_param(row, kParam, begin, count, param);
+      load_as_param(row, column, begin, count, param_);
+      param = param_.of;
     }
   }
   void load_grad(const int64_t* row, int64_t begin, int64_t count) {
-    load_as_param(row, kGrad, begin, count, grad);
-    const float factor = static_cast<float>(task_.factor);
-    if (factor == 1) return;
-    for (float& one : grad.of) one *= factor;
+    if (task_.dtype == DType::kFloat32) {
+      grad = in_place(address<float>(row, kGrad) + begin, count, grad_);
+    } else {
+      load_as_param(row, kGrad, begin, count, grad_);
+      grad = grad_.of;
+    }
   }
 
   void store_states(const int64_t* row, int64_t begin, int64_t count) const {
@@ -157,7 +167,11 @@ class Block {
     }
   }
   void store_param(const int64_t* row, int64_t begin, int64_t count, double t) const {
-    if (task_.storage.masters) narrow(param, count, address<float>(row, kMaster) + begin);
+    const bool is_float = task_.storage.masters || task_.dtype == DType::kFloat32;
+    if (is_float && param == param_.of) {
+      narrow(param, count, address<float>(row, task_.storage.masters ? kMaster : kParam) + begin);
+    }
+    if (task_.dtype == DType::kFloat32) return;
     if (task_.storage.stochastic) {
       narrow_stochastically(param, count, rounding_seed(row[kKey], t), begin,
                             address<BFloat16>(row, kParam) + begin);
@@ -167,6 +181,12 @@ class Block {
   }
 
  private:
+  static float* in_place(float* at, int64_t count, Values& copy) {
+    if (count == kBlock) return at;
+    widen(at, count, copy);
+    return copy.of;
+  }
+
   void load_as_param(const int64_t* row, int64_t column, int64_t begin, int64_t count,
                      Values& to) const {
     switch (task_.dtype) {
@@ -180,7 +200,7 @@ class Block {
     }
   }
   void store_as_param(const int64_t* row, int64_t column, int64_t begin, int64_t count,
-                      const Values& from) const {
+                      const float* from) const {
     switch (task_.dtype) {
       case DType::kFloat64:
       case DType::kFloat32:
@@ -214,11 +234,11 @@ class Block {
     const int64_t column = kState0 + s;
     switch (task_.storage.state) {
       case StateType::kAsParam:
-        return store_as_param(row, column, begin, count, state[s]);
+        return store_as_param(row, column, begin, count, state[s].of);
       case StateType::kFloat32:
-        return narrow(state[s], count, address<float>(row, column) + begin);
+        return narrow(state[s].of, count, address<float>(row, column) + begin);
       case StateType::kBFloat16:
-        return narrow(state[s], count, address<BFloat16>(row, column) + begin);
+        return narrow(state[s].of, count, address<BFloat16>(row, column) + begin);
       case StateType::kInt8: {
         float* const scale = address<float>(row, kScale0 + s) + begin / kBlock;
         if (Rule::is_signed(s)) {
@@ -231,18 +251,20 @@ class Block {
 
   const StepTask& task_;
   int variant_;
+  Values param_, grad_;
 };
 
 template <class Rule, int kVariant>
 void update_block(Block<Rule>& block, int64_t count,
                   const typename Rule::template Scalars<float>& scalars) {
   for (int64_t i = 0; i < count; i += kLanes<float>) {
-    Floats param = load(block.param.of + i), state[kMostStates] = {};
+    Floats param = load(block.param + i), grad = load(block.grad + i), state[kMostStates] = {};
+    if (block.factor != 1) grad = grad * block.factor;
     for (int s = 0; s < kMostStates; ++s) {
       if (Rule::has_state(kVariant, s)) state[s] = load(block.state[s].of + i);
     }
-    Rule::template update<kVariant>(param, load(block.grad.of + i), state, scalars);
-    store(block.param.of + i, param);
+    Rule::template update<kVariant>(param, grad, state, scalars);
+    store(block.param + i, param);
     for (int s = 0; s < kMostStates; ++s) {
       if (Rule::has_state(kVariant, s)) store(block.state[s].of + i, state[s]);
     }
