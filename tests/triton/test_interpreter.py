@@ -23,14 +23,17 @@ SUITES = [
         "tests/optim",
         "tests/triton/test_bytes_and_launches.py",
         "tests/triton/test_step_on_device.py",
+        "tests/triton/test_storage_and_clipping.py",
     ],
 ]
 #: Modules of which something must have run.
 NEEDED = {
     "tests.ops.test_step",
+    "tests.ops.test_step_storage",
     "tests.ops.test_rms_norm",
     "tests.optim.test_every_rule",
     "tests.triton.test_step_on_device",
+    "tests.triton.test_storage_and_clipping",
 }
 
 

@@ -9,8 +9,9 @@ from effkern.bench.machine_code import ARCHITECTURES, Row, why_no_triton
 
 pytestmark = pytest.mark.skipif(bool(why_no_triton()), reason=why_no_triton())
 
-#: These write a few numbers a row, or one row in all.
-WRITES_LITTLE = ("rms_norm_projection", "rms_norm_grad_weight")
+#: These write a few numbers a row, one row or one number in all, or states in 8 bits alone.
+WRITES_LITTLE = ("rms_norm_projection", "rms_norm_grad_weight", "squares")
+WRITES_NARROW = "triton lamb_advance float32, int8"
 
 #: Compiled for each architecture; the rest for one, for the sake of time. The whole table is that
 #: of `python -m effkern.bench.machine_code`.
@@ -20,6 +21,8 @@ EVERYWHERE = {
     ("adam", "float32 on the device"),
     ("rmsprop", "float32"),
     ("lamb", "float32 on the device"),
+    ("adam", "float32, int8"),
+    ("adam", "bfloat16, float32, masters"),
     ("rms_norm_forward", "float32 x 16384"),
     ("rms_norm_backward", "float32 x 8192"),
 }
@@ -47,7 +50,7 @@ def test_every_kernel_is_there(rows: list[Row]) -> None:
     from effkern.backends.triton.rules import RULES
 
     kernels = {name.removesuffix("_kernel") for name in vars(rms_norm) if name.endswith("_kernel")}
-    kernels |= {f"{rule}_update" for rule in RULES} | {"lamb_advance"}
+    kernels |= {f"{rule}_update" for rule in RULES} | {"lamb_advance", "squares"}
     assert {family(row) for row in rows} == kernels
     assert {row.arch for row in rows} == set(ARCHITECTURES)
 
@@ -58,13 +61,16 @@ def test_nothing_spills(rows: list[Row]) -> None:
 
 def test_the_main_path_moves_16_bytes_at_a_time(rows: list[Row]) -> None:
     assert [row for row in rows if not row.vector_loads] == []
-    main = [row for row in rows if family(row) not in WRITES_LITTLE]
+    little = (*WRITES_LITTLE, WRITES_NARROW)
+    main = [row for row in rows if family(row) not in little and row.kernel not in little]
     assert [row for row in main if not row.vector_stores] == []
 
 
 def test_registers_allow_the_occupancy_that_the_kernels_state(rows: list[Row]) -> None:
     for row in rows:
-        if family(row).endswith(("_update", "_advance")):
+        if row.kernel.endswith("bfloat16, int8, stochastic"):
+            assert row.registers <= 80, row  # eight elements a thread
+        elif family(row).endswith(("_update", "_advance")) or family(row) == "squares":
             assert row.registers <= 64, row
         elif family(row) == "rms_norm_forward":
             assert row.registers <= 64, row  # up to 1,024 threads a program

@@ -55,9 +55,7 @@ def advance_rows(
         grad = load_block(grad_address, offsets, end, DTYPE, tl.float32, WHOLE)
         if SCALED:
             grad = grad * factor
-        states = load_states(
-            addresses, scales, start, end, grad, STATES, STORAGE, ROWS, WHOLE
-        )
+        states = load_states(addresses, scales, start, end, grad, STATES, STORAGE, ROWS, WHOLE)
         exp_avg, exp_avg_sq = advance(grad, states[0], states[1], scalars)
         exp_avg = store_state(address0, scales0, start, end, exp_avg, 0, STORAGE, ROWS, WHOLE)
         exp_avg_sq = store_state(address1, scales1, start, end, exp_avg_sq, 1, STORAGE, ROWS, WHOLE)
