@@ -8,8 +8,7 @@
 // address in the first alone). In the first it writes its two sums, and a tensor of several blocks
 // takes a ticket for each; the last reads the sums of all, adds them in an order that depends on
 // their number alone, and writes kRatio, which the second launch reads.
-#include "cuda/chunk.cuh"
-#include "cuda/row_group.cuh"
+#include "cuda/lamb.cuh"
 
 namespace effkern::cuda {
 namespace {
@@ -18,8 +17,6 @@ namespace {
 template <class T>
 constexpr int kAdvanceBlocks = kStepBlocks<Lamb, 0, T> - (sizeof(T) == 2);
 
-constexpr int kParamSquares = 0, kDirectionSquares = 1, kSums = 2;
-
 template <class T>
 using LambChunk = Chunk<Lamb, T>;
 
@@ -27,8 +24,7 @@ using LambChunk = Chunk<Lamb, T>;
 template <class T>
 struct Advance {
   LambChunk<T> chunk;
-  double scratch[2 * kSums][kStepThreads / kWarp];
-  bool last;
+  LambSums sums;
 };
 
 template <int V, class T>
@@ -68,13 +64,6 @@ __device__ __forceinline__ void advance(const LambChunk<T>& chunk, int offset,
   store(chunk.state[1] + offset, packs.states[1]);
 }
 
-// The sums over a block, the same bits in all its threads; `scratch` must not be that of the call
-// before.
-__device__ __forceinline__ void sum_over_block(double (&sums)[kSums],
-                                               double (*scratch)[kStepThreads / kWarp]) {
-  for (int i = 0; i < kSums; ++i) sums[i] = sum_over_group(sums[i], kStepThreads, scratch[i]);
-}
-
 template <class T>
 __global__ void __launch_bounds__(kStepThreads, kAdvanceBlocks<T>)
     lamb_advance(StepLaunch task, Lamb rule, double* workspace) {
@@ -87,26 +76,7 @@ __global__ void __launch_bounds__(kStepThreads, kAdvanceBlocks<T>)
   for_each_vector<T>(
       chunk, [&](auto width, int offset) { advance<decltype(width)::value>(chunk, offset, sums); });
 
-  sum_over_block(sums, shared->scratch);
-  double* const mine = workspace + block_index() * kSums;
-  if (threadIdx.x == 0) {
-    store(mine, Pack<double, kSums>{{sums[0], sums[1]}});
-    shared->last = is_last(chunk.blocks);
-  }
-  __syncthreads();
-  if (!shared->last) return;
-
-  const double* const first = mine - chunk.index * kSums;
-  sums[0] = sums[1] = 0;
-  for (int64_t i = threadIdx.x; i < chunk.blocks.count; i += kStepThreads) {
-    const Pack<double, kSums> of_block = load<kSums>(first + i * kSums);
-    for (int k = 0; k < kSums; ++k) sums[k] += of_block.value[k];
-  }
-  sum_over_block(sums, shared->scratch + kSums);
-  if (threadIdx.x == 0) {
-    const double ratio = trust_ratio(sums[kParamSquares], sums[kDirectionSquares]);
-    store(reinterpret_cast<Acc<T>*>(chunk.row + kRatio), static_cast<Acc<T>>(chunk.lr * ratio));
-  }
+  leave_step_size(chunk, sums, shared->sums, workspace);
 }
 
 template <class T>
@@ -154,6 +124,7 @@ int64_t lamb_workspace(const StepLaunch& task) {
 
 void step(const StepLaunch& task, const Lamb& rule, void* workspace, cudaStream_t stream) {
   if (task.chunk_count == 0) return;
+  if (!task.storage.plain()) return mixed_step(task, rule, workspace, stream);
   const dim3 blocks = blocks_of(task);
   with_type(task.dtype, [&](auto type) {
     using T = typename decltype(type)::type;

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "cuda/chunk.cuh"
+#include "cuda/mixed.cuh"
 
 namespace effkern::cuda {
 namespace {
@@ -74,6 +75,7 @@ void launch_variant(const StepLaunch& task, const Rule& rule, cudaStream_t strea
 template <class Rule>
 void run_step(const StepLaunch& task, const Rule& rule, cudaStream_t stream) {
   if (task.chunk_count == 0) return;
+  if (!task.storage.plain()) return launch_mixed(task, rule, stream);
   with_type(task.dtype,
             [&](auto type) { launch_variant<typename decltype(type)::type>(task, rule, stream); });
 }
