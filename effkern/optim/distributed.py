@@ -162,7 +162,7 @@ def _layout(tensor: DTensor) -> tuple[Any, ...]:
 
 
 def _redistributed(grad: Tensor, param: Tensor) -> Tensor:
-    if is_dtensor(grad) and is_dtensor(param):
+    if is_dtensor(grad) and is_dtensor(param) and grad.device_mesh == param.device_mesh:
         moved: Tensor = grad.redistribute(placements=param.placements)
         if same_layout(moved, param):
             return moved

@@ -49,7 +49,7 @@ def create(optimizer: FusedOptimizer, group: dict[str, Any], params: Sequence[Te
         with torch.inference_mode(False), torch.no_grad():
             steps = torch.zeros(len(params), dtype=_get_scalar_dtype(), device="cpu")
             shards = list(map(local_tensor, params))
-            wanted = [_wanted(optimizer, group, shard, names) for shard in shards]
+            wanted = [_wanted(optimizer, group, param, names) for param in params]
             buffers = _Buffers(wanted)
             large = []
             for i, (param, of_param) in enumerate(zip(params, wanted, strict=True)):
@@ -119,7 +119,7 @@ def complete(
     for name in kept:
         if storage.quantized != (codes_key(name) in state):
             _recode(state, name, param, storage, optimizer._is_signed(group, name))
-    for one in _wanted(optimizer, group, local, kept):
+    for one in _wanted(optimizer, group, param, kept):
         value = local_tensor(state.get(one.key))
         if value is None or not one.fits(value):
             new = new or value is None
@@ -158,10 +158,11 @@ class _Wanted:
     device: torch.device
     like: Tensor  # its shape and strides
     initial: float
+    own_memory: bool
 
     @property
     def small(self) -> bool:
-        return self.like.numel() * self.dtype.itemsize <= _SMALL_BYTES
+        return not self.own_memory and self.like.numel() * self.dtype.itemsize <= _SMALL_BYTES
 
     def fits(self, value: Tensor) -> bool:
         return (
@@ -183,23 +184,25 @@ def _wanted(
     optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor, names: Sequence[str]
 ) -> list[_Wanted]:
     """All tensors of a parameter's state but the step, in the order of its keys."""
+    # A DTensor of a tensor that begins behind its storage's first byte cannot be deep-copied.
+    own_memory, param = is_dtensor(param), local_tensor(param)
     storage, like = storage_of(group, param), dense_like(param)
     initial = optimizer._initial(group)
     wanted = []
     for name in names:
         if isinstance(storage.state, torch.dtype):
-            wanted.append(_Wanted(name, storage.state, param.device, like, initial))
+            wanted.append(_Wanted(name, storage.state, param.device, like, initial, own_memory))
             continue
         signed = optimizer._is_signed(group, name)
         blocks = torch.empty(-(-param.numel() // QUANTIZED_BLOCK), device="meta")
         dtype, code = (torch.int8, 127) if signed else (torch.uint8, 255)
         code = code if initial else 0
         wanted += [
-            _Wanted(codes_key(name), dtype, param.device, like, code),
-            _Wanted(scales_key(name), torch.float32, param.device, blocks, initial),
+            _Wanted(codes_key(name), dtype, param.device, like, code, own_memory),
+            _Wanted(scales_key(name), torch.float32, param.device, blocks, initial, own_memory),
         ]
     if storage.master:
-        wanted.append(_Wanted(MASTER, torch.float32, param.device, like, 0.0))
+        wanted.append(_Wanted(MASTER, torch.float32, param.device, like, 0.0, own_memory))
     return wanted
 
 
