@@ -114,7 +114,7 @@ void quantize(const Values& from, int64_t count, Code* codes, float* scale) {
     if constexpr (kSigned) {
       code = signed_code(x, factor);
     } else {
-      code = unsigned_code(x, factor);
+      code = unsigned_code(QuickFloats{x}, factor).of;
       code = (x > 0) & (code < 1) ? Floats{} + 1 : code;
     }
     store_codes(made + i, nearest(code));
@@ -254,19 +254,23 @@ class Block {
   Values param_, grad_;
 };
 
-template <class Rule, int kVariant>
+EFFKERN_INLINE Floats floats(Floats x) { return x; }
+EFFKERN_INLINE Floats floats(QuickFloats x) { return x.of; }
+
+// V: Floats, or QuickFloats where states of 8 bits leave the time.
+template <class Rule, int kVariant, class V>
 void update_block(Block<Rule>& block, int64_t count,
                   const typename Rule::template Scalars<float>& scalars) {
   for (int64_t i = 0; i < count; i += kLanes<float>) {
-    Floats param = load(block.param + i), grad = load(block.grad + i), state[kMostStates] = {};
+    V param{load(block.param + i)}, grad{load(block.grad + i)}, state[kMostStates] = {};
     if (block.factor != 1) grad = grad * block.factor;
     for (int s = 0; s < kMostStates; ++s) {
-      if (Rule::has_state(kVariant, s)) state[s] = load(block.state[s].of + i);
+      if (Rule::has_state(kVariant, s)) state[s] = V{load(block.state[s].of + i)};
     }
     Rule::template update<kVariant>(param, grad, state, scalars);
-    store(block.param + i, param);
+    store(block.param + i, floats(param));
     for (int s = 0; s < kMostStates; ++s) {
-      if (Rule::has_state(kVariant, s)) store(block.state[s].of + i, state[s]);
+      if (Rule::has_state(kVariant, s)) store(block.state[s].of + i, floats(state[s]));
     }
   }
   // What a formula makes of the zeros behind the end must not be taken for values.
@@ -302,7 +306,11 @@ void mixed(const StepTask& task, const Rule& rule, int64_t begin, int64_t end) {
     block.load_param(row, from, count);
     block.load_grad(row, from, count);
     block.load_states(row, from, count);
-    update_block<Rule, kVariant>(block, count, scalars.at(row));
+    if (task.storage.state == StateType::kInt8) {
+      update_block<Rule, kVariant, QuickFloats>(block, count, scalars.at(row));
+    } else {
+      update_block<Rule, kVariant, Floats>(block, count, scalars.at(row));
+    }
     block.store_states(row, from, count);
     block.store_param(row, from, count, scalars.step());
   });
