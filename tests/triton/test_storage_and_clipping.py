@@ -38,7 +38,7 @@ ADAM, LAMB = VARIANTS[0], VARIANTS[-1]
 CASES = [
     *((variant, way, SHORT) for variant in VARIANTS[1:-1] for way in list(STORED)[:3:2]),
     *((variant, way, SHORT) for variant in (ADAM, LAMB) for way in STORED),
-    *((variant, way, SIZES) for variant in (ADAM, LAMB) for way in list(STORED)[:1]),
+    *((variant, "float32, int8", SIZES) for variant in (ADAM, LAMB)),
 ]
 cases = pytest.mark.parametrize(
     ("variant", "way", "sizes"),
@@ -207,13 +207,14 @@ def test_squares_of_huge_and_tiny_gradients() -> None:
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_a_clipped_step_by_plan(variant: Variant) -> None:
     """The sum of squares brings the plan's table up to date for the step after it."""
-    tensors = random_tensors(variant.rule, SIZES, torch.float64, steps=(2.0,))
+    sizes = SIZES if variant in (ADAM, LAMB) else SHORT
+    tensors = random_tensors(variant.rule, sizes, torch.float64, steps=(2.0,))
     expected = tensors.clone()
     norm = sum_of(tensors.grads) ** 0.5
     squares = torch.zeros(1, dtype=torch.float64)
     planned = Planned(variant, tensors, on_device=False)
     by_hand = Planned(variant, expected, on_device=False)
-    for max_norm in (norm / 2, 2 * norm):
+    for max_norm in (norm / 2, 2 * norm)[: 1 if sizes is SHORT else 2]:
         factor = min(1.0, max_norm / (norm + 1e-6))
         tensors.grads = [grad.clone() for grad in tensors.grads]  # they have moved
         kept = expected.grads
