@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 from effkern.ops.step import RuleOps
 from effkern.optim.calls import ListedCall
 from effkern.optim.checks import check_grad, check_param, check_state
+from effkern.optim.distributed import is_dtensor
 from effkern.optim.prepared import Prepared
 from effkern.optim.state import complete, exported, step_counter
 from effkern.optim.storage import asked_options
@@ -23,6 +24,13 @@ class FusedOptimizer(Optimizer):
 
     One call for each dtype and device, to be exact. A subclass is one update rule: it names the
     kernel ops and says which state tensors a group keeps and which options its step takes.
+
+    Of parameters that are DTensors each process updates what it has; states are DTensors of the
+    same mesh and placements. States in 8 bits are plain tensors of the process, cut in blocks
+    within its shard, and float32 DTensors in a state_dict, which therefore loads on any number of
+    processes (but not as a flattened one of `torch.distributed.checkpoint`). LAMB's norms and
+    ``max_grad_norm`` are over all shards, which takes a collective in each step. torch.compile
+    leaves a step on DTensors out of its graph.
     """
 
     _rule: ClassVar[RuleOps]
@@ -195,11 +203,13 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
+            self._step_eagerly()
+        elif any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
+            self._step_outside()
+        else:
             for group in self.param_groups:
                 self._step_traced(group)
-        else:
-            self._step_eagerly()
         return loss
 
     def _counts_on_device(self, group: dict[str, Any]) -> bool:
@@ -224,6 +234,9 @@ class FusedOptimizer(Optimizer):
             if accepted is None:
                 raise RuntimeError(f"{type(self).__name__}: a tensor was moved while the step ran")
         prepared.run(self, accepted)
+
+    # Where torch.compile cannot hold the step in its graph.
+    _step_outside = torch._disable_dynamo(_step_eagerly)
 
     def _accept(
         self, prepared: Prepared, redistributed: dict[Tensor, Tensor]

@@ -215,3 +215,21 @@ def _lr_tensor_and_maximize() -> None:
 
 def test_sharded_lamb_ascends_with_lr_in_a_tensor(four: Processes) -> None:
     four.run(_lr_tensor_and_maximize)
+
+
+def _compiled() -> None:
+    value, how = torch.randn(10, 3), (mesh(1), [Shard(0)])
+    mine, other = (torch.nn.Parameter(distributed(value, how)) for _ in range(2))
+    optimizers = effkern.FusedLAMB([mine]), effkern.FusedLAMB([other])
+    step = torch.compile(optimizers[0].step, backend="eager")
+    for scale in (1.0, 2.0):
+        for p in (mine, other):
+            p.grad = distributed(scale * value, how)
+        step()
+        optimizers[1].step()
+        _assert_equal([mine], [other], rtol=0, atol=0)
+    assert optimizers[0].state[mine]["step"] == 2
+
+
+def test_a_step_under_compile(two: Processes) -> None:
+    two.run(_compiled)
