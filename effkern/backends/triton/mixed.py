@@ -3,8 +3,8 @@
 
 Still each byte is read once and each written once: with masters the parameter is written only. A
 block is rows of 256 elements, those that share a scale where states have 8 bits. A thread has
-16 bytes at once of the widest tensor. For Adam that takes at most 64 registers, but 80 where
-nothing is wider than 2 bytes, states have 8 bits and rounding is stochastic.
+16 bytes at once of the widest tensor. For Adam that takes at most 64 registers, but up to 80
+where the parameter has 2 bytes and states 8 bits.
 """
 
 from __future__ import annotations
