@@ -90,8 +90,10 @@ template <bool kQuantized>
 void launch_both(const StepLaunch& task, const Lamb& rule, double* workspace, cudaStream_t stream) {
   const dim3 blocks = blocks_of(task);
   const Stored stored = stored_of(task);
+  Stored unrounded = stored;
+  unrounded.stochastic = false;  // the first launch writes no parameters, and so needs no key
   launch(lamb_advance_mixed<kQuantized>, blocks, kStepThreads, sizeof(MixedAdvance), stream, task,
-         stored, rule, workspace);
+         unrounded, rule, workspace);
   launch(lamb_apply_mixed<kQuantized>, blocks, kStepThreads, sizeof(MixedApply), stream, task,
          stored, rule);
 }

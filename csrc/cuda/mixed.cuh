@@ -98,18 +98,26 @@ class Stretch {
     count_ = chunk.count - first;
     const Words params = load_words<kWhole>(at(chunk.source, stored.source), stored.source, count_);
     Words grads = {}, states[kMostStates] = {};
+    float scales[kMostStates] = {};  // one lane has them
     if constexpr (kReadsGrad) {
       grads = load_words<kWhole>(at(chunk.grad, stored.param), stored.param, count_);
     }
 #pragma unroll
     for (int s = 0; s < kMostStates; ++s) {
-      if (keeps<Rule, kVariant>(s)) states[s] = load_state(chunk, stored, s);
+      if (!keeps<Rule, kVariant>(s)) continue;
+      states[s] = load_state(chunk, stored, s);
+      if (kQuantized && lane_index() == 0) scales[s] = load(chunk.scales[s] + first_ / kStretch);
     }
     widen(params, stored.source, param);
     if constexpr (kReadsGrad) widen(grads, stored.param, grad);
 #pragma unroll
     for (int s = 0; s < kMostStates; ++s) {
-      if (keeps<Rule, kVariant>(s)) widen_state(chunk, stored, s, states[s]);
+      if (!keeps<Rule, kVariant>(s)) continue;
+      if constexpr (kQuantized) {
+        dequantize(s, states[s], __shfl_sync(0xffffffffu, scales[s], 0));
+      } else {
+        widen(states[s], stored.state, state[s]);
+      }
     }
   }
 
@@ -168,14 +176,6 @@ class Stretch {
       return load_words<kWhole, 1>(chunk.state[s] + first_, count_);
     } else {
       return load_words<kWhole>(at(chunk.state[s], stored.state), stored.state, count_);
-    }
-  }
-  __device__ __forceinline__ void widen_state(const MixedChunk<Rule>& chunk, const Stored& stored,
-                                              int s, const Words& words) {
-    if constexpr (kQuantized) {
-      dequantize(s, words, load_scale(chunk.scales[s] + first_ / kStretch));
-    } else {
-      widen(words, stored.state, state[s]);
     }
   }
   __device__ __forceinline__ void dequantize(int s, const Words& codes, float scale) {

@@ -16,11 +16,6 @@ __device__ __forceinline__ uint32_t bits_of(float x) {
   return bits;
 }
 
-// The scale at `p`, which one lane reads.
-__device__ __forceinline__ float load_scale(const float* p) {
-  return __shfl_sync(0xffffffffu, lane_index() == 0 ? load(p) : 0.0f, 0);
-}
-
 template <bool kSigned>
 __device__ __forceinline__ void dequantize(const Words& words, float scale, Values& values) {
   Pack<std::conditional_t<kSigned, signed char, unsigned char>, kLaneValues> codes;

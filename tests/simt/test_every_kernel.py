@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from effkern.backends.reference.dtypes import accumulation_dtype
-from tests.simt import build
-from tests.simt.variants import CHUNK, DTYPES, VARIANTS, Variant
+from tests.simt import build, stored
+from tests.simt.variants import CHUNK, DTYPES, VARIANTS, Variant, at_offset
 from tests.support.rules import Tensors, random_tensors
 
 pytestmark = pytest.mark.skipif(not build.available(), reason="no C++ compiler")
@@ -21,12 +21,6 @@ pytestmark = pytest.mark.skipif(not build.available(), reason="no C++ compiler")
 def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(actual, expected, rtol=8 * eps, atol=32 * eps)
-
-
-def at_offset(tensor: Tensor, offset: int) -> Tensor:
-    """A contiguous copy that starts `offset` elements into its memory."""
-    memory = torch.empty(tensor.numel() + offset, dtype=tensor.dtype)[offset:]
-    return memory.copy_(tensor.flatten()).view(tensor.shape)
 
 
 (LAMB,) = (variant for variant in VARIANTS if variant.rule.name == "lamb")
@@ -113,17 +107,24 @@ def test_rows_may_be_strided_differently(features: int) -> None:
 
 
 def test_every_instance_runs() -> None:
-    """Of each dtype: one kernel for each variant of a rule and a second one for LAMB, four of the
-    forward's two (aligned or not), six of the backward's three, one of the sum of shares.
+    """Of each dtype: one kernel for each variant of a rule and a second one for LAMB, one of sums
+    of squares, four of the forward's two (aligned or not), six of the backward's three, one of the
+    sum of shares. For tensors stored otherwise, two for each launch of a variant, with states in 8
+    bits and without, but one where there are no states.
     """
     simt = build.load()
     for dtype, variant in product(DTYPES, VARIANTS):
         variant.by_lists(random_tensors(variant.rule, [1], dtype))
+        torch.ops.effkern._squares_.simt(
+            torch.zeros(1, dtype=torch.float64), 0, [torch.ones(1, dtype=dtype)]
+        )
+    for variant, way in stored.CASES:
+        way.make(variant, [1]).step(stored.overload(variant))
     for dtype, features in product(DTYPES, (8, 9, 16400, 16401)):
         x, weight = torch.randn(1, features).to(dtype), torch.ones(features, dtype=dtype)
         _, rstd = torch.ops.effkern._rms_norm_forward.simt(x, weight, 1, 1e-5)
         torch.ops.effkern._rms_norm_backward.simt(x, None, x, weight, rstd, 1, True, True)
-    assert simt.kernels() == 4 * (len(VARIANTS) + 1 + 4 + 6 + 1)
+    assert simt.kernels() == 4 * (len(VARIANTS) + 2 + 4 + 6 + 1) + 2 * (len(VARIANTS) + 1) - 1
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e25])

@@ -105,20 +105,31 @@ class Planned:
             grads: other gradients than those of the tensors.
             keywords: of the op, besides the variant's options.
         """
+        moved = self._put(grads)
+        self._op(*self.plan.arguments(), moved, **{**self._options, **keywords})
+
+    def clipped_step(self, squares: Tensor, max_norm: float) -> None:
+        """The same with gradients clipped, whose sum of squares goes to ``squares[0]``."""
+        squares_op = torch.ops.effkern._squares_planned_.simt
+        squares_op(*self.plan.arguments(), self._put(None), squares, 0)
+        options = {**self._options, "squares": squares, "max_norm": max_norm}
+        self._op(*self.plan.arguments(), False, **options)
+
+    def _put(self, grads: Sequence[Tensor] | None) -> bool:
+        """Put the gradients in the plan; whether that has changed it."""
         plan = self.plan
         grads = list(self._tensors.grads if grads is None else grads)
         changed = put_gradients_(
             plan.table, plan.device_table, plan.layouts, self._tensors.params, grads
         )
         assert changed >= 0
-        self._op(
-            plan.table,
-            plan.device_table,
-            plan.chunks,
-            plan.layouts,
-            changed > 0,
-            **{**self._options, **keywords},
-        )
+        return changed > 0
+
+
+def at_offset(tensor: Tensor, offset: int) -> Tensor:
+    """A contiguous copy that starts `offset` elements into its memory."""
+    memory = torch.empty(tensor.numel() + offset, dtype=tensor.dtype)[offset:]
+    return memory.copy_(tensor.flatten()).view(tensor.shape)
 
 
 def blocks_of(numels: Sequence[int]) -> list[int]:
