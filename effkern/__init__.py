@@ -15,6 +15,7 @@ from effkern.optim import (
     FusedLion,
     FusedRMSprop,
     FusedSGD,
+    clip_grad_norm_,
 )
 from effkern.version import __version__
 
@@ -30,6 +31,7 @@ __all__ = [
     "FusedSGD",
     "__version__",
     "backends",
+    "clip_grad_norm_",
     "nn",
     "use_backend",
 ]

@@ -3,6 +3,7 @@
 from effkern.optim.adadelta import FusedAdadelta
 from effkern.optim.adagrad import FusedAdagrad
 from effkern.optim.adam import FusedAdam, FusedAdamW
+from effkern.optim.clip import clip_grad_norm_
 from effkern.optim.lamb import FusedLAMB
 from effkern.optim.lion import FusedLion
 from effkern.optim.rmsprop import FusedRMSprop
@@ -17,4 +18,5 @@ __all__ = [
     "FusedLion",
     "FusedRMSprop",
     "FusedSGD",
+    "clip_grad_norm_",
 ]

@@ -15,6 +15,7 @@ from effkern.optim.distributed import PLAIN, is_dtensor, local_tensor, same_layo
 from effkern.optim.storage import MASTER, codes_key
 
 _COMPLEX = (torch.complex64, torch.complex128)
+_WIDE = (torch.float64, *_COMPLEX)
 
 
 def name_of(group: dict[str, Any], param: Tensor) -> str:
@@ -30,8 +31,8 @@ def check_param(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> N
     Raises:
         RuntimeError: if its dtype is none of `DTYPES` and no complex of two of them, its layout is
             not strided, its elements share memory, it is a view whose memory holds it negated or
-            conjugated, or a subclass other than DTensor that wraps other tensors; or if it is a
-            DTensor whose values are partial or that is made of such a tensor.
+            conjugated, its states cannot be stored as its group asks, it is a subclass other than
+            DTensor that wraps other tensors, or a DTensor that is not yet summed up (Partial).
     """
     problem = ""
     whole, param = param, local_tensor(param)
@@ -54,6 +55,8 @@ def check_param(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> N
             "must have memory of its own for each element, got an expanded tensor of strides "
             f"{param.stride()}"
         )
+    elif group.get("state_dtype") is not None and param.dtype in _WIDE:
+        problem = f"is {param.dtype} and has states of that; it takes no state_dtype"
     if problem:
         raise RuntimeError(f"{type(optimizer).__name__}: {name_of(group, whole)} {problem}")
 

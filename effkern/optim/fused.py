@@ -35,7 +35,7 @@ class FusedOptimizer(Optimizer):
 
     _rule: ClassVar[RuleOps]
 
-    #: Whether a parameter's state holds the number of its steps.
+    #: Whether torch's class keeps the number of steps in a parameter's state.
     _keeps_step: ClassVar[bool] = True
 
     #: What updates sharded parameters, where an element's update depends on all of its tensor: made
@@ -147,7 +147,7 @@ class FusedOptimizer(Optimizer):
             params: the parameters.
             new: for each, whether its states were made just now.
         """
-        if self._keeps_step:
+        if self._has_step(group):
             return [self.state[param]["step"] for param in params]
         if not self._needs_steps(group):
             return []
@@ -156,9 +156,17 @@ class FusedOptimizer(Optimizer):
                 self._steps[param] = step_counter(0.0 if begins else 1.0)
         return [self._steps[param] for param in params]
 
+    def _has_step(self, group: dict[str, Any]) -> bool:
+        """Whether a parameter's state holds the number of its steps."""
+        return self._keeps_step or bool(group.get("stochastic_rounding"))
+
     def _needs_steps(self, group: dict[str, Any]) -> bool:
         """Whether the kernel must know the number of the step though no state holds it."""
-        return bool(group.get("stochastic_rounding"))
+        return False
+
+    def _steps_taken(self, state: dict[str, Any]) -> float:
+        """What a step counter begins with that is missing in a state that is there."""
+        return 0.0
 
     # ---- clipping ----
 

@@ -117,12 +117,12 @@ class Prepared:
                 for made, param in zip(completed, params, strict=True)
             ]
             steps = optimizer._counters(group, params, new)
-            if not optimizer._keeps_step:
+            if not optimizer._has_step(group):
                 private += steps
             kept = [name for name in names if name is not None]
             for param in params:
                 keys = storage_of(group, param).keys(kept)
-                if optimizer._keeps_step:
+                if optimizer._has_step(group):
                     keys.append("step")
                 if keys:
                     state = optimizer.state[param]

@@ -92,7 +92,10 @@ class FusedSGD(FusedOptimizer):
 
     def _needs_steps(self, group: dict[str, Any]) -> bool:
         # From them the kernel knows a buffer's first step.
-        return group["momentum"] != 0 or super()._needs_steps(group)
+        return group["momentum"] != 0
+
+    def _steps_taken(self, state: dict[str, Any]) -> float:
+        return float(any(key.startswith("momentum_buffer") for key in state))
 
     def _options(self, group: dict[str, Any]) -> dict[str, Any]:
         return {

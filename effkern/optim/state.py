@@ -41,8 +41,6 @@ def create(optimizer: FusedOptimizer, group: dict[str, Any], params: Sequence[Te
             placements, but for 8 bits, which are plain tensors of this process alone.
     """
     names = [name for name in optimizer._states(group) if name is not None]
-    if not names and not optimizer._keeps_step:
-        return
     made: list[dict[str, Any]] = []
     try:
         # State made in inference mode could not be written outside.
@@ -54,7 +52,7 @@ def create(optimizer: FusedOptimizer, group: dict[str, Any], params: Sequence[Te
             large = []
             for i, (param, of_param) in enumerate(zip(params, wanted, strict=True)):
                 state: dict[str, Any] = {}
-                if optimizer._keeps_step:
+                if optimizer._has_step(group):
                     device = counter_device(optimizer, group, param)
                     shared = steps.as_strided((), (), i)
                     state["step"] = shared if device == _CPU else step_counter(0, device)
@@ -81,7 +79,8 @@ def create(optimizer: FusedOptimizer, group: dict[str, Any], params: Sequence[Te
         if is_dtensor(param):
             for key in {*names, MASTER} & state.keys():
                 state[key] = wrapped_like(state[key], param)
-        optimizer.state[param].update(state)
+        if state:
+            optimizer.state[param].update(state)
 
 
 def complete(
@@ -106,15 +105,18 @@ def complete(
         Whether a state tensor was made.
     """
     kept = [name for name in names if name is not None]
-    if not optimizer._keeps_step and not kept:
+    storage, local = storage_of(group, param), local_tensor(param)
+    if not optimizer._has_step(group) and not storage.keys(kept) and param not in optimizer.state:
         return False
     state = optimizer.state[param]
-    if optimizer._keeps_step:
+    if optimizer._has_step(group):
         device = counter_device(optimizer, group, param)
         step = state.get("step")
         if not isinstance(step, Tensor) or step.device != device or step.dtype not in _COUNTERS:
-            state["step"] = step_counter(0.0 if step is None else float(step), device)
-    storage, local = storage_of(group, param), local_tensor(param)
+            taken = optimizer._steps_taken(state) if step is None else float(step)
+            state["step"] = step_counter(taken, device)
+    elif not optimizer._keeps_step:
+        state.pop("step", None)  # was there for stochastic rounding
     new = False
     for name in kept:
         if storage.quantized != (codes_key(name) in state):

@@ -364,9 +364,7 @@ def test_sparse_gradients_are_refused(backend: Backend, kind: type[Optimizer]) -
     before = param.detach().clone()
     optimizer = kind([param])
     param.grad = torch.ones_like(param).to_sparse()
-    with pytest.raises(
-        RuntimeError, match="does not support sparse gradients"
-    ):
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
         optimizer.step()
     assert torch.equal(param, before)
 

@@ -93,7 +93,7 @@ class Twins:
                 continue
             random = torch.randn(mine.shape, dtype=_random_dtype(mine))
             mine.grad = torch.empty_like(mine).copy_(random)
-            theirs.grad = mine.grad.to("cpu", theirs.dtype)
+            theirs.grad = mine.grad.to("cpu", theirs.dtype, copy=True)
 
     def step(self, which: Sequence[int] | None = None) -> None:
         """New gradients, a step of both, and a comparison."""
