@@ -112,7 +112,9 @@ adadelta = RuleOps(
     {"square_avgs": False, "acc_deltas": False},
     "float rho, float eps, float weight_decay, bool maximize",
 )
-lion = RuleOps("lion", {"exp_avgs": True}, "float beta1, float beta2, float weight_decay, bool maximize")
+lion = RuleOps(
+    "lion", {"exp_avgs": True}, "float beta1, float beta2, float weight_decay, bool maximize"
+)
 lamb = RuleOps(
     "lamb",
     {"exp_avgs": True, "exp_avg_sqs": False},
@@ -124,14 +126,14 @@ declare(
     "(Tensor(a!) squares, int place, Tensor[] grads) -> ()",
     fake=_nothing,
     reference=reference.squares_,
-    triton=imported_at_first_call("effkern.backends.triton.step:squares_"),
+    triton=imported_at_first_call("effkern.backends.triton.squares:squares_"),
 )
 declare(
     "_squares_planned_",
     f"{PLAN}, Tensor(c!) squares, int place) -> ()",
     fake=untraceable,
     reference=None,
-    triton=imported_at_first_call("effkern.backends.triton.step:squares_planned_"),
+    triton=imported_at_first_call("effkern.backends.triton.squares:squares_planned_"),
 )
 squares_from_lists = Family("_squares_")
 squares_from_plan = Family("_squares_planned_")

@@ -110,6 +110,12 @@ class PlannedCall:
         for dense, param in self._copied:
             param.copy_(dense)
 
+    def prepare_for_graph(self) -> None:
+        """Before the kernels, while a CUDA graph is captured."""
+        if self._moved:
+            self._plan.upload_for_graph()
+            self._moved = False
+
     def squares(self, squares: Tensor, place: int) -> None:
         """Put the sum of squares of the gradients that `accept` took into ``squares[place]``."""
         self._squares(*self._plan.arguments(), self._moved, squares, place)
@@ -155,6 +161,9 @@ class ListedCall:
         """As `PlannedCall.run`."""
         self._kernel(list(map(as_real, self._params)), self._grads, *self._lists, **keywords)
         self._grads = []
+
+    def prepare_for_graph(self) -> None:
+        """As `PlannedCall.prepare_for_graph`: nothing."""
 
     def squares(self, squares: Tensor, place: int) -> None:
         """As `PlannedCall.squares`."""

@@ -74,6 +74,7 @@ class FusedOptimizer(Optimizer):
         self._prepared: Prepared | None = None
         self._rounding_seed: int | None = None
         self._steps: dict[Tensor, Tensor] = {}
+        self._captured: list[Prepared] = []
         self._last_norm: tuple[Tensor, Tensor | None] | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -229,7 +230,8 @@ class FusedOptimizer(Optimizer):
         return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
 
     def _step_eagerly(self) -> None:
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if capturing:
             self._check_capturable()
         prepared = self._prepared
         redistributed: dict[Tensor, Tensor] = {}
@@ -241,6 +243,10 @@ class FusedOptimizer(Optimizer):
             accepted = self._accept(prepared, redistributed)
             if accepted is None:
                 raise RuntimeError(f"{type(self).__name__}: a tensor was moved while the step ran")
+        if capturing:
+            prepared.prepare_for_graph()
+            self._captured.append(prepared)  # the graph reads its tables at each replay
+            self._prepared = None
         prepared.run(self, accepted)
 
     # Where torch.compile cannot hold the step in its graph.

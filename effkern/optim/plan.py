@@ -93,6 +93,18 @@ class Plan:
             device = params[0].device
             self.device_table = self.table.to(device, copy=True)
             self.chunks = _chunks(self.table[:, NUMEL]).to(device)
+        #: Where a CUDA graph finds the table again at each replay: page-locked memory.
+        on_device = bool(steps) and not steps[0].is_cpu
+        self._staging = self.table.pin_memory() if on_device and params[0].is_cuda else None
+
+    def upload_for_graph(self) -> None:
+        """Send the table to the device by a copy that a CUDA graph may hold.
+
+        The plan must then live, and stay as it is, as long as the graph does.
+        """
+        if self._staging is not None:
+            self._staging.copy_(self.table)
+            self.device_table.copy_(self._staging, non_blocking=True)
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The first arguments of every op on plans."""

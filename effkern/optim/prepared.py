@@ -195,6 +195,11 @@ class Prepared:
             not self._watch.moved()
         )
 
+    def prepare_for_graph(self) -> None:
+        """Between `accept` and `run` while a CUDA graph is captured, which then needs this."""
+        for call in self._calls:
+            call.kernel.prepare_for_graph()
+
     def _current_entries(self) -> Iterable[Any]:
         return chain.from_iterable(_values(keys, of) for keys, of in self._holders.items())
 

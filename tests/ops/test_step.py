@@ -110,7 +110,8 @@ def test_unaligned_storage(
 ) -> None:
     if backend.slow and (offset != 1 or dtype in (torch.float64, torch.float16)):
         pytest.skip("one of each path is enough where kernels are interpreted")
-    sizes = [1, 33] if backend.slow else [1, 33, 200, 8193]
+    # Of several elements: where eager PyTorch is exact by chance, two roundings are too many.
+    sizes = [5, 33] if backend.slow else [5, 33, 200, 8193]
     check_step(rule, random_tensors(rule, sizes, dtype, backend.device, offset=offset), step)
 
 

@@ -260,13 +260,24 @@ def test_a_backend_that_takes_no_such_tensors() -> None:
     optimizer.step()
 
 
-def test_a_captured_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The counters on the host would stand still when the graph is replayed."""
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_captured_graph(monkeypatch: pytest.MonkeyPatch, capturable: bool) -> None:
+    """Counters on the host would stand still when the graph is replayed; and what the graph reads
+    is kept, and no longer changed by later steps."""
     param = Parameter(torch.zeros(3))
     param.grad = torch.ones(3)
-    optimizer = effkern.FusedAdamW([param])
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+    optimizer = effkern.FusedAdamW([param], capturable=capturable)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        if not capturable:
+            with pytest.raises(RuntimeError, match="only with capturable=True"):
+                optimizer.step()
+            assert torch.equal(param, torch.zeros(3))
+            return
         optimizer.step()
-    assert torch.equal(param, torch.zeros(3))
+    (kept,) = optimizer._captured
+    optimizer.step()
+    assert optimizer._prepared is not None
+    assert optimizer._prepared is not kept
+    assert optimizer.state[param]["step"].item() == 2

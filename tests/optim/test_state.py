@@ -256,3 +256,48 @@ def test_a_checkpoint_is_no_larger_than_torchs() -> None:
         torch.save(optimizer.state_dict(), file)
         sizes.append(len(file.getvalue()))
     assert sizes[0] <= sizes[1]
+
+
+def apex_state(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> Any:
+    """A state as Apex's FusedAdam saves it: one step count, in the group."""
+    state = copy.deepcopy(optimizer.state_dict())
+    (group,) = state["param_groups"]
+    kept = ("lr", "betas", "eps", "weight_decay", "params")
+    state["param_groups"] = [{**{k: group[k] for k in kept}, "bias_correction": True, "step": 3}]
+    for one in state["state"].values():
+        assert one.pop("step").item() == 3
+    return state
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_state_of_apex_loads(as_tensor: bool) -> None:
+    params = make_params()
+    theirs = torch.optim.AdamW(params, lr=0.1)
+    train(theirs, 3)
+    state = apex_state(params, theirs)
+    if as_tensor:
+        state["param_groups"][0]["step"] = torch.tensor([3], dtype=torch.int32)
+    mine = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    optimizer = effkern.FusedAdam(mine, lr=0.5, adam_w_mode=True)
+    optimizer.load_state_dict(state)
+    assert "step" not in optimizer.param_groups[0]
+    for one in (theirs, optimizer):
+        train(one, 2, seed=5)
+    for a, b in zip(mine, params, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        assert optimizer.state[a]["step"].item() == 5
+
+
+def test_apexs_options() -> None:
+    params = make_params()
+    optimizer = effkern.FusedAdam(params, bias_correction=False, set_grad_none=False, lr=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    # m = 0.1, v = 0.001, as they are.
+    for p, before in zip(params, make_params(), strict=True):
+        torch.testing.assert_close(before - p, torch.full_like(p, 0.1 * 0.1 / 0.001**0.5))
+    optimizer.zero_grad()
+    assert all(p.grad is not None and not p.grad.any() for p in params)
+    optimizer.zero_grad(set_to_none=True)
+    assert all(p.grad is None for p in params)

@@ -12,9 +12,9 @@ from effkern.backends.table import TICKET
 from effkern.ops.plan import put_gradients_
 from effkern.optim.plan import Plan
 from effkern.optim.storage import Storage
-from tests.ops.test_step_storage import Stored, compare
 from tests.simt.variants import CHUNK, VARIANTS, Variant, blocks_of
 from tests.support.rules import BY_NAME, random_tensors
+from tests.support.stored import Stored, compare
 from tests.triton.interpreter import Counts, counting
 from tests.triton.planned import Planned
 

@@ -44,8 +44,6 @@ from effkern.backends.triton.rules import (
     lamb_update,
 )
 from effkern.backends.triton.squares import clipping_factor
-from effkern.backends.triton.squares import squares_ as squares_
-from effkern.backends.triton.squares import squares_planned_ as squares_planned_
 from effkern.backends.triton.storage import Storage, of_layouts, of_lists
 
 
