@@ -12,8 +12,8 @@ from torch import Tensor
 from effkern.ops.plan import put_gradients_
 from effkern.optim.plan import Plan
 from effkern.optim.storage import Storage
-from tests.ops.test_step_storage import Stored
 from tests.simt.variants import VARIANTS, Variant
+from tests.support.stored import Stored
 
 
 @dataclass(frozen=True)

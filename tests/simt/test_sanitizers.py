@@ -18,7 +18,12 @@ from tests.simt import build
 @pytest.mark.skipif(bool(os.environ.get(build.SANITIZE)), reason="this is the sanitized run")
 def test_the_suite_under_the_sanitizers() -> None:
     folders = [str(build.ROOT / "tests" / name) for name in ("ops", "optim", "nn")]
-    kernels = ("test_every_kernel.py", "test_device_counters.py")
+    kernels = (
+        "test_every_kernel.py",
+        "test_device_counters.py",
+        "test_storage.py",
+        "test_clipping.py",
+    )
     folders += [str(build.HERE / name) for name in kernels]
     pytest_ = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     result = subprocess.run(

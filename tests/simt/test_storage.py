@@ -9,10 +9,10 @@ import torch
 
 from effkern.backends.reference.rounding import stochastically_rounded
 from effkern.backends.table import TICKET
-from tests.ops.test_step_storage import Stored, compare
 from tests.simt import build
 from tests.simt.stored import CASES, WAYS, Way, overload, planned
 from tests.simt.variants import CHUNK, VARIANTS, Variant, at_offset, blocks_of
+from tests.support.stored import Stored, compare
 
 pytestmark = pytest.mark.skipif(not build.available(), reason="no C++ compiler")
 
