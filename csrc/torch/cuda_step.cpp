@@ -9,6 +9,7 @@ namespace {
 // Host memory is pageable: CUDA has taken its copy of it when this returns, so it may change at
 // once.
 void upload(void* to, const void* from, size_t bytes, cudaStream_t stream) {
+  if (bytes == 0) return;
   const cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream);
   STD_TORCH_CHECK(error == cudaSuccess,
                   "the table of tensors could not be uploaded: ", cudaGetErrorString(error));
