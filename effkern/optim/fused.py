@@ -15,7 +15,7 @@ from effkern.optim.checks import check_grad, check_param, check_state
 from effkern.optim.distributed import is_dtensor
 from effkern.optim.prepared import Prepared
 from effkern.optim.state import complete, exported, step_counter
-from effkern.optim.storage import asked_options
+from effkern.optim.storage import OPTIONS, asked_options
 from effkern.optim.traced import step_lists
 
 
@@ -29,8 +29,11 @@ class FusedOptimizer(Optimizer):
     same mesh and placements. States in 8 bits are plain tensors of the process, cut in blocks
     within its shard, and float32 DTensors in a state_dict, which therefore loads on any number of
     processes (but not as a flattened one of `torch.distributed.checkpoint`). LAMB's norms and
-    ``max_grad_norm`` are over all shards, which takes a collective in each step. torch.compile
-    leaves a step on DTensors out of its graph.
+    ``max_grad_norm`` are over all shards, which takes a collective in each step.
+
+    torch.compile takes a step into its graph; it runs beside the graph for DTensors, for complex
+    parameters, and with ``master_weights``, ``state_dtype``, ``stochastic_rounding`` or
+    ``max_grad_norm``.
     """
 
     _rule: ClassVar[RuleOps]
@@ -214,7 +217,7 @@ class FusedOptimizer(Optimizer):
                 loss = closure()
         if not torch.compiler.is_compiling():
             self._step_eagerly()
-        elif any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
+        elif not self._is_traceable():
             self._step_outside()
         else:
             for group in self.param_groups:
@@ -248,6 +251,15 @@ class FusedOptimizer(Optimizer):
             self._captured.append(prepared)  # the graph reads its tables at each replay
             self._prepared = None
         prepared.run(self, accepted)
+
+    def _is_traceable(self) -> bool:
+        """Whether a compiled graph can hold the step."""
+        params = (p for group in self.param_groups for p in group["params"])
+        return (
+            self.max_grad_norm is None
+            and not any(group.get(option) for group in self.param_groups for option in OPTIONS)
+            and not any(p.is_complex() or is_dtensor(p) for p in params)
+        )
 
     # Where torch.compile cannot hold the step in its graph.
     _step_outside = torch._disable_dynamo(_step_eagerly)

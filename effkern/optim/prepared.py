@@ -27,6 +27,7 @@ from effkern.optim.scaling import step_keywords
 from effkern.optim.state import complete, create
 from effkern.optim.storage import (
     MASTER,
+    OPTIONS,
     Storage,
     codes_key,
     rounding_key,
@@ -307,15 +308,12 @@ def _calls(
     return calls
 
 
-_STORAGE = ("master_weights", "state_dtype", "stochastic_rounding")
-
-
 def _asked(optimizer: FusedOptimizer) -> tuple[Any, ...]:
     """What the calls depend on that is no tensor."""
     return (
         choice.requested(),
         [optimizer._states(group) for group in optimizer.param_groups],
-        [[group.get(option) for option in _STORAGE] for group in optimizer.param_groups],
+        [[group.get(option) for option in OPTIONS] for group in optimizer.param_groups],
         [optimizer._counts_on_device(group) for group in optimizer.param_groups],
     )
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 #: What may be asked for as ``state_dtype``.
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
 
+#: The options of a group that say how state is stored.
+OPTIONS = ("master_weights", "state_dtype", "stochastic_rounding")
+
 MASTER = "master_param"
 _NARROW = (torch.bfloat16, torch.float16)
 

@@ -200,3 +200,81 @@ def test_a_whole_training_step_in_one_graph(eager_steps: int) -> None:
 
     with torch._dynamo.config.patch(trace_autograd_ops=True):
         torch.testing.assert_close(train(compiled), train(lambda step: step))
+
+
+#: Options that reach every state a rule may keep.
+EVERY_RULE: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
+    (effkern.FusedSGD, {}),
+    (effkern.FusedSGD, {"momentum": 0.9, "dampening": 0.3}),
+    (effkern.FusedAdagrad, {"eps": 1e-3}),
+    (effkern.FusedRMSprop, {"centered": True, "momentum": 0.9, "eps": 1e-2}),
+    (effkern.FusedAdadelta, {"eps": 1e-3}),
+    (effkern.FusedLion, {"weight_decay": 0.1}),
+    (effkern.FusedLAMB, {"weight_decay": 0.1, "eps": 1e-3}),
+]
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize(("kind", "options"), EVERY_RULE, ids=str)
+def test_every_rule(
+    kind: type[torch.optim.Optimizer], options: dict[str, Any], steps_before: int
+) -> None:
+    twins = Twins(shapes(), kind, lr=0.05, **options)
+    for _ in range(steps_before):
+        twins.step()
+    compiled = Compiled(twins)
+    for _ in range(3):
+        compiled.step()
+    assert compiled.graphs.frame_count == 1
+
+
+@pytest.mark.parametrize(("kind", "options"), EVERY_RULE, ids=str)
+def test_every_rule_with_its_learning_rate_in_a_tensor(
+    kind: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> None:
+    twins = Twins(shapes(), kind, lr=0.05, **options)
+    twins.optimizer.param_groups[0]["lr"] = torch.tensor(0.05)
+    compiled = Compiled(twins)
+    for lr in (0.5, 0.25, 0.125):
+        twins.optimizer.param_groups[0]["lr"].fill_(lr)
+        twins.twin.param_groups[0]["lr"] = lr
+        compiled.step()
+    assert compiled.graphs.frame_count == 1
+
+
+def test_complex_parameters_are_updated_beside_the_graph() -> None:
+    params = [torch.randn(4, dtype=torch.complex64), torch.randn(3, 2, dtype=torch.complex64).t()]
+    twins = Twins(params, eps=1e-3)
+    step = torch.compile(twins.optimizer.step, backend=BACKEND)
+    for _ in range(3):
+        twins.new_grads()
+        step()
+        twins.twin.step()
+        twins.check()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"state_dtype": "int8"},
+        {"master_weights": True, "state_dtype": torch.float32},
+        {"stochastic_rounding": True},
+        {"max_grad_norm": 0.5},
+    ],
+    ids=str,
+)
+def test_storage_and_clipping(options: dict[str, Any]) -> None:
+    """Compiled and eager steps of the same optimizer are the same steps."""
+
+    def train(compiled: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(s).bfloat16()) for s in ((30, 10), (7,))]
+        optimizer = effkern.FusedAdamW(params, lr=0.01, **options)
+        step = torch.compile(optimizer.step, backend=BACKEND) if compiled else optimizer.step
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            step()
+        return [p.detach() for p in params]
+
+    assert all(map(torch.equal, train(compiled=True), train(compiled=False)))
