@@ -1,11 +1,15 @@
-"""``effkern bench adam``: one AdamW step over many tensors, beside those of others."""
+"""``effkern bench adam``: one AdamW step over many tensors, beside those of others.
+
+`Work` and `measure` know no rule: `effkern.bench.optimizers` measures every other one with them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +53,26 @@ TENSOR_SETS: dict[str, tuple[str, Callable[[], list[tuple[int, ...]]]]] = {
 }
 
 
+class StepSettings(Protocol):
+    """What `measure` asks of settings."""
+
+    @property
+    def device(self) -> str:
+        """Where the tensors are."""
+
+    @property
+    def dtype(self) -> str:
+        """Of parameters and gradients, by torch's name."""
+
+    @property
+    def rounds(self) -> int:
+        """Timed rounds."""
+
+    @property
+    def seed(self) -> int:
+        """Of the parameters and gradients."""
+
+
 @dataclass(frozen=True)
 class AdamSettings:
     """What to measure.
@@ -71,30 +95,56 @@ class AdamSettings:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Work:
+    """One step of an optimizer, and who takes it.
+
+    Attributes:
+        title: what the step is.
+        ours: effkern's step.
+        peers: those of others, each a `MakeStep`.
+        passes: over memory, for the copy limit.
+        bytes_an_element: that a step must read and write.
+        rewriting: the peers that change their gradients. Each gets gradients of its own, and they
+            are restored before each step, outside of the timed part.
+        other_work: the peers whose step does other work than the case's, which have no bandwidth.
+    """
+
+    title: str
+    ours: MakeStep
+    peers: Peers
+    passes: Sequence[Streams]
+    bytes_an_element: int
+    rewriting: frozenset[str] = frozenset()
+    other_work: frozenset[str] = frozenset()
+
+
 def run(settings: AdamSettings, report: Report = silent) -> Result:
     """Measure every set of tensors."""
-    peers = adamw_peers(torch.device(settings.device), compiled=settings.compile)
-    cases = []
-    for name in settings.tensors:
-        title, shapes = TENSOR_SETS[name]
-        cases.append(measure(title, shapes(), peers, settings, report))
+    work = Work(
+        "AdamW",
+        _effkern_adamw,
+        adamw_peers(torch.device(settings.device), compiled=settings.compile),
+        [STREAMS],
+        moved_bytes([STREAMS], getattr(torch, settings.dtype).itemsize),
+    )
+    cases = [measure(work, name, settings, report) for name in settings.tensors]
     return Result(
         "adam",
         dataclasses.asdict(settings),
         machine.describe(),
         cases,
-        left_out=peers.left_out,
+        left_out=work.peers.left_out,
     )
 
 
-def measure(
-    title: str,
-    shapes: list[tuple[int, ...]],
-    peers: Peers,
-    settings: AdamSettings,
-    report: Report = silent,
-) -> Case:
-    """One set of tensors; each contestant has its own, but all share the gradients."""
+def measure(work: Work, tensors: str, settings: StepSettings, report: Report = silent) -> Case:
+    """One set of tensors; each contestant has its own, but all share the gradients.
+
+    Peers that fail on their first step are moved to ``work.peers.left_out``.
+    """
+    set_name, shapes_of = TENSOR_SETS[tensors]
+    shapes = shapes_of()
     device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
     generator = torch.Generator(device=device).manual_seed(settings.seed)
 
@@ -105,18 +155,21 @@ def measure(
 
     gradients = random_tensors()
     elements = sum(prod(shape) for shape in shapes)
-    limit = copy_limit([STREAMS], buffer_bytes=LIMIT_BYTES, device=device)
+    limit = copy_limit(work.passes, buffer_bytes=LIMIT_BYTES, device=device)
 
-    contestants = {OURS: _contestant(_effkern_adamw, random_tensors(), gradients)}
-    for name, make_step in list(peers.found.items()):
+    contestants = {OURS: _contestant(work.ours, random_tensors(), gradients)}
+    for name, make_step in list(work.peers.found.items()):
         try:
-            contestants[name] = _contestant(make_step, random_tensors(), gradients)
+            contestants[name] = _contestant(
+                make_step, random_tensors(), gradients, rewrites=name in work.rewriting
+            )
         except Exception as error:  # no compiler, a package that does not fit this machine
-            peers.leave_out(name, error)
+            work.peers.leave_out(name, error)
     contestants[COPY_LIMIT] = limit.contestant
 
     name = (
-        f"AdamW, {title}: {len(shapes)} tensors, {elements / 1e6:.1f} M elements, {settings.dtype}"
+        f"{work.title}, {set_name}: {len(shapes)} tensors, {elements / 1e6:.1f} M elements, "
+        f"{settings.dtype}"
     )
     times = alternate(
         contestants,
@@ -126,8 +179,11 @@ def measure(
         between=Scrubber(device).scrub,
         on_round=counter(report, name, WARM_UP + settings.rounds),
     )
-    moved = moved_bytes([STREAMS], elements * dtype.itemsize)
-    rows = make_rows(times, bytes_moved=moved, limit_bytes=limit.bytes_moved)
+    moved = work.bytes_an_element * elements
+    rows = [
+        replace(row, bandwidth=None, share_of_limit=None) if row.name in work.other_work else row
+        for row in make_rows(times, bytes_moved=moved, limit_bytes=limit.bytes_moved)
+    ]
     return Case(name, rows, moved, elements, limit.streams)
 
 
@@ -135,10 +191,15 @@ def _effkern_adamw(parameters: list[nn.Parameter]) -> Callable[[], object]:
     return effkern.FusedAdamW(parameters, **ADAMW).step
 
 
-def _contestant(make_step: MakeStep, values: list[Tensor], gradients: list[Tensor]) -> Contestant:
+def _contestant(
+    make_step: MakeStep, values: list[Tensor], gradients: list[Tensor], *, rewrites: bool = False
+) -> Contestant:
     parameters = [nn.Parameter(value) for value in values]
-    for parameter, gradient in zip(parameters, gradients, strict=True):
+    own = [gradient.clone() for gradient in gradients] if rewrites else gradients
+    for parameter, gradient in zip(parameters, own, strict=True):
         parameter.grad = gradient
     step = make_step(parameters)
     step()  # makes the state, and compiles; a peer that cannot fails here
-    return Contestant(lambda _: step())
+    if not rewrites:
+        return Contestant(lambda _: step())
+    return Contestant(lambda _: step(), lambda: torch._foreach_copy_(own, gradients))

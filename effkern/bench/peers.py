@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from effkern.bench.machine import is_importable
 
-#: Makes an AdamW over parameters and gives its step.
+#: Makes an optimizer over parameters and gives its step.
 MakeStep = Callable[[list[nn.Parameter]], Callable[[], object]]
 
 #: ``(x, weight, residual or None) -> (y,)`` or, with a residual, ``(y, x + residual)``.
@@ -73,6 +74,30 @@ def adamw_peers(device: torch.device, *, compiled: bool) -> Peers:
             needs="deepspeed",
         )
     return peers
+
+
+def torch_peers(name: str, options: dict[str, Any]) -> Peers:
+    """The fastest form of ``torch.optim.NAME`` as a `MakeStep`: fused where it has one."""
+    optimizer = getattr(torch.optim, name, None)
+    if optimizer is None:
+        return Peers(left_out={"torch": f"torch.optim has no {name}"})
+    form = "fused" if "fused" in signature(optimizer).parameters else "foreach"
+    return Peers(found={f"torch {form}": lambda p: optimizer(p, **{form: True}, **options).step})
+
+
+def clipped_adamw(max_norm: float) -> MakeStep:
+    """Torch's clipping, which rewrites the gradients, and then its fused AdamW."""
+
+    def make_step(parameters: list[nn.Parameter]) -> Callable[[], object]:
+        step = torch.optim.AdamW(parameters, fused=True, **ADAMW).step
+
+        def clip_and_step() -> None:
+            torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+            step()
+
+        return clip_and_step
+
+    return make_step
 
 
 def _compiled_adamw(parameters: list[nn.Parameter]) -> Callable[[], object]:

@@ -27,10 +27,24 @@ class DType(str, enum.Enum):
 
 
 class TensorSet(str, enum.Enum):
-    """The sets of tensors of ``bench adam``."""
+    """The sets of tensors of ``bench adam`` and ``bench optimizers``."""
 
     gpt2 = "gpt2"
     small = "small"
+
+
+class OptimizerCase(str, enum.Enum):
+    """The cases of ``bench optimizers``."""
+
+    adamw = "adamw"
+    sgd = "sgd"
+    adagrad = "adagrad"
+    rmsprop = "rmsprop"
+    adadelta = "adadelta"
+    lion = "lion"
+    lamb = "lamb"
+    int8 = "int8"
+    clip = "clip"
 
 
 def _plot_file(file: Path | None) -> Path | None:
@@ -87,6 +101,44 @@ def adam(
         dtype=dtype.value,
         rounds=rounds,
         compile=compile,
+        seed=seed,
+    )
+    _measure(bench.run, settings, json, plot)
+
+
+@app.command("optimizers")
+def optimizers(
+    device: Device = "cpu",
+    seed: Seed = 0,
+    json: Json = None,
+    plot: Plot = None,
+    cases: Annotated[
+        list[OptimizerCase] | None,
+        typer.Option(
+            "--cases",
+            help="A rule; int8: AdamW with 8-bit states; clip: AdamW with gradients clipped by "
+            "their norm. May be given several times; by default all.",
+        ),
+    ] = None,
+    tensors: Annotated[
+        list[TensorSet] | None,
+        typer.Option(
+            "--tensors", help="gpt2: GPT-2 small's 148, the default; small: 2,500 small ones."
+        ),
+    ] = None,
+    dtype: Dtype = DType.float32,
+    rounds: Rounds = 20,
+    threads: Threads = None,
+) -> None:
+    """One step of each optimizer over many tensors, beside torch's class of the same name."""
+    from effkern.bench import optimizers as bench
+
+    settings = bench.OptimizersSettings(
+        device=str(_prepare(device, threads)),
+        cases=tuple(chosen.value for chosen in cases or OptimizerCase),
+        tensors=tuple(chosen.value for chosen in tensors or (TensorSet.gpt2,)),
+        dtype=dtype.value,
+        rounds=rounds,
         seed=seed,
     )
     _measure(bench.run, settings, json, plot)

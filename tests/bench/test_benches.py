@@ -152,6 +152,22 @@ def test_the_copy_limit_counts_what_it_moves(monkeypatch, has_library):
     assert [tensor.numel() for tensor in written] == [100] * (4 if has_library else 2)
 
 
+@pytest.mark.parametrize("has_library", [True, False])
+def test_the_copy_limit_reads_what_a_pass_only_reads(monkeypatch, has_library):
+    monkeypatch.setattr(limits.native, "serves", lambda key: has_library)
+    moved = []
+    monkeypatch.setattr(
+        limits.native, "stream_limit", lambda reads, writes: moved.append((len(reads), len(writes)))
+    )
+    limit = copy_limit([Streams(1, 0), Streams(4, 3, in_place=True)], buffer_bytes=400, device=CPU)
+    total, *written = limit.contestant.run(limit.contestant.prepare())
+    assert total.shape == ()  # a sum: the loads of a loop without stores would be left out
+    assert limit.streams == ("1r 0w, 4r 3w" if has_library else "1r 0w, 1r 1w")
+    assert limit.bytes_moved == (8 if has_library else 3) * 400
+    assert len(written) == (3 if has_library else 1)
+    assert moved == ([(4, 3)] if has_library else [])
+
+
 def test_the_copy_limit_writes_in_place_only_where_it_says_so(monkeypatch):
     monkeypatch.setattr(limits.native, "serves", lambda key: True)
     monkeypatch.setattr(limits.native, "stream_limit", lambda reads, writes: None)
