@@ -94,7 +94,7 @@ def stream_limit(reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) 
 
     Args:
         reads: 1 to 8 contiguous float32 CPU tensors of one length.
-        writes: up to 8 of the same, which may be among ``reads``.
+        writes: 1 to 8 of the same, which may be among ``reads``.
 
     Raises:
         RuntimeError: without the CPU library.
@@ -103,9 +103,9 @@ def stream_limit(reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) 
     if _cpu is None:
         raise RuntimeError(f"the CPU library is not loaded: {why_not('CPU')}")
     tensors = [*reads, *writes]
-    if not 1 <= len(reads) <= 8 or len(writes) > 8:
+    if not 1 <= len(reads) <= 8 or not 1 <= len(writes) <= 8:
         raise ValueError(
-            "stream_limit takes 1 to 8 reads and up to 8 writes, "
+            "stream_limit takes 1 to 8 reads and 1 to 8 writes, "
             f"got {len(reads)} and {len(writes)}"
         )
     for tensor in tensors:

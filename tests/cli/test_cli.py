@@ -20,7 +20,15 @@ from effkern.cli import console, doctor, options
 from effkern.cli.console import progress
 from effkern.version import __version__
 
-COMMANDS = ([], ["doctor"], ["demo"], ["bench"], ["bench", "adam"], ["bench", "rms_norm"])
+COMMANDS = (
+    [],
+    ["doctor"],
+    ["demo"],
+    ["bench"],
+    ["bench", "adam"],
+    ["bench", "optimizers"],
+    ["bench", "rms_norm"],
+)
 WORKING = [command for command in COMMANDS if command not in ([], ["bench"])]
 
 
