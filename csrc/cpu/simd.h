@@ -310,43 +310,30 @@ EFFKERN_INLINE Doubles square_root(Doubles x) {
 }
 
 // Within two units of the last place, and without the divider, which is slower than memory where
-// little memory is moved: an estimate of 12 or 14 bits and one step of Newton's.
-#if defined(__AVX2__)
+// little memory is moved: an estimate of 12 or 14 bits and one step of Newton's. Of numbers that
+// are not finite, quotients by zero and roots of negative numbers only NaN or zero may come.
 #if defined(__AVX512F__)
-EFFKERN_INLINE Floats estimated_reciprocal(Floats x) {
-  return bit_cast<Floats>(_mm512_maskz_rcp14_ps(0xffff, bit_cast<__m512>(x)));
-}
-EFFKERN_INLINE Floats estimated_rsqrt(Floats x) {
-  return bit_cast<Floats>(_mm512_maskz_rsqrt14_ps(0xffff, bit_cast<__m512>(x)));
-}
-EFFKERN_INLINE bool any(Words condition) {
-  return _mm512_test_epi32_mask(bit_cast<__m512i>(condition), bit_cast<__m512i>(condition)) != 0;
-}
-#else
-EFFKERN_INLINE Floats estimated_reciprocal(Floats x) {
-  return bit_cast<Floats>(_mm256_rcp_ps(bit_cast<__m256>(x)));
-}
-EFFKERN_INLINE Floats estimated_rsqrt(Floats x) {
-  return bit_cast<Floats>(_mm256_rsqrt_ps(bit_cast<__m256>(x)));
-}
-EFFKERN_INLINE bool any(Words condition) {
-  return !_mm256_testz_si256(bit_cast<__m256i>(condition), bit_cast<__m256i>(condition));
-}
-#endif
-constexpr float kSmallestNormal = 0x1p-126f, kLargest = 0x1.fffffep127f;
-// Zero, infinity and NaN as they are, and so numbers that are no longer normal.
 EFFKERN_INLINE Floats quick_square_root(Floats x) {
-  const Floats y = estimated_rsqrt(x);
-  const Floats root = x * y * (1.5f - 0.5f * x * y * y);
-  return (x >= kSmallestNormal) & (x <= kLargest) ? root : x;
+  const __m512 v = bit_cast<__m512>(x);
+  const __mmask16 positive = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ);
+  const Floats y = bit_cast<Floats>(_mm512_maskz_rsqrt14_ps(positive, v)), root = x * y;
+  return root + (x - root * root) * (y * 0.5f);
 }
 EFFKERN_INLINE Floats quick_quotient(Floats a, Floats b) {
-  const Floats y = estimated_reciprocal(b);
-  const Floats quotient = a * (y * (2.0f - b * y));
-  const Floats magnitude = bit_cast<Floats>(bit_cast<Words>(quotient) & 0x7fffffffu);
-  // It may be what it should, or b may be what Newton cannot take.
-  if (any(bit_cast<Words>(!(magnitude <= kLargest)))) return a / b;
-  return quotient;
+  const Floats y = bit_cast<Floats>(_mm512_maskz_rcp14_ps(0xffff, bit_cast<__m512>(b)));
+  const Floats q = a * y;
+  return q + (a - q * b) * y;
+}
+#elif defined(__AVX2__)
+EFFKERN_INLINE Floats quick_square_root(Floats x) {
+  const Floats y = bit_cast<Floats>(_mm256_rsqrt_ps(bit_cast<__m256>(x)));
+  const Floats root = x > 0 ? x * y : x;
+  return root + (x - root * root) * (x > 0 ? y * 0.5f : Floats{});
+}
+EFFKERN_INLINE Floats quick_quotient(Floats a, Floats b) {
+  const Floats y = bit_cast<Floats>(_mm256_rcp_ps(bit_cast<__m256>(b)));
+  const Floats q = a * y;
+  return q + (a - q * b) * y;
 }
 #else
 EFFKERN_INLINE Floats quick_square_root(Floats x) { return square_root(x); }

@@ -164,3 +164,28 @@ def test_a_block_of_zeros_stays_zero() -> None:
         assert not one[0][:256].any()
         assert scales[0] == 0
         assert scales[1] > 0
+
+
+def test_a_small_square_does_not_become_zero() -> None:
+    build.load()
+    way, adam = WAYS[0], VARIANTS[0]
+    stored = way.make(adam, [256])
+    stored.scales[1].fill_(1e-12)
+    stored.grads[0].fill_(1e-5)
+    stored.grads[0][0] = 1.0
+    stored.options["weight_decay"] = 0.0
+    stored.step(overload(adam))
+    codes = stored.states[1][0]
+    assert codes[0] == 255
+    assert (codes[1:] == 1).all()
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "eps" in v.options], ids=str)
+def test_what_lies_behind_the_end_does_not_count(variant: Variant) -> None:
+    """With eps 0 a formula makes NaN of the zeros there."""
+    build.load()
+    stored = WAYS[0].make(variant, [5])
+    stored.options["eps"] = 0.0
+    stored.step(overload(variant))
+    assert all(scales.isfinite().all() for scales in stored.scales)
+    assert stored.params[0].isfinite().all()
