@@ -49,9 +49,7 @@ __device__ __forceinline__ float largest_magnitude(const Values& values, int cou
 
 template <bool kSigned>
 __device__ __forceinline__ Words quantize(const Values& values, float scale) {
-  const float factor = !(scale > 0.0f) ? 0.0f
-                       : kSigned       ? 127.0f / scale
-                                       : 255.0f / square_root(scale);
+  const float factor = kSigned ? codes_per_scale(scale) : codes_per_root(scale);
   Pack<unsigned char, kLaneValues> codes;
 #pragma unroll
   for (int v = 0; v < kLaneValues; ++v) {

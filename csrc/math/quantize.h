@@ -18,8 +18,18 @@ namespace effkern {
 
 constexpr int64_t kQuantizedBlock = 256;
 
-// The code as a floating-point number that remains to be rounded to the nearest, ties to even;
-// `per_scale` is 127 / scale, or 0 where the scale is 0.
+// What values are multiplied by, or their roots: 127 / scale or 255 / sqrt(scale), but finite where
+// the scale is not 0, and 0 where it is.
+EFFKERN_INLINE float codes_per_scale(float scale) {
+  if (scale == 0.0f) return 0.0f;
+  const float factor = 127.0f / scale;
+  return factor > 3.402823466e38f ? 3.402823466e38f : factor;
+}
+EFFKERN_INLINE float codes_per_root(float scale) {
+  return scale == 0.0f ? 0.0f : 255.0f / square_root(scale);
+}
+
+// The code as a floating-point number that remains to be rounded to the nearest, ties to even.
 template <class V, class S>
 EFFKERN_INLINE V signed_code(V value, S per_scale) {
   return value * per_scale;
@@ -29,8 +39,7 @@ EFFKERN_INLINE V signed_value(V code, S scale) {
   return code * (scale * (S(1) / S(127)));
 }
 
-// `per_root` is 255 / sqrt(scale), or 0. To be rounded, and then raised to 1 where the value is not
-// 0.
+// Likewise, and then raised to 1 where the value is not 0.
 template <class V, class S>
 EFFKERN_INLINE V unsigned_code(V value, S per_root) {
   return square_root(value) * per_root;

@@ -129,6 +129,23 @@ def test_infinities_in_a_quantised_block_are_not_hidden(backend: Backend, rule: 
             assert one[0][512:].isfinite().all()
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-37, 1e-40, 1e-45])
+def test_blocks_of_tiny_values(backend: Backend, size: float) -> None:
+    """127 over their scale is no float32; signs and finiteness stay."""
+    (sgd,) = (rule for rule in RULES if rule.name == "sgd")
+    options = {**sgd.options, "momentum": 1.0, "dampening": 0.0, "weight_decay": 0.0}
+    stored = Stored(sgd, [256], torch.float32, backend.device, "int8", options)
+    stored.states[0][0].zero_()
+    stored.grads[0].copy_(size * torch.randn(256).sign())
+    mine, _ = both(sgd, stored)
+    value, grad = mine.values()[0][0].cpu(), mine.grads[0].cpu()
+    assert value.isfinite().all()
+    assert (value * grad.sign() >= 0).all()
+    assert (value.abs() <= grad.abs()).all()
+    if size >= 1e-37:
+        assert (value.abs() >= grad.abs() / 4).all()
+
+
 @rules
 def test_clipping_and_scale_reach_mixed_kernels(backend: Backend, rule: Rule) -> None:
     """Clipped to half their norm, gradients scaled by 4 act like halves of the plain ones."""

@@ -105,7 +105,7 @@ void quantize(const Values& from, int64_t count, Code* codes, float* scale) {
   constexpr bool kSigned = static_cast<Code>(-1) < 0;
   const float largest = largest_magnitude(from);
   *scale = largest;
-  const float factor = largest == 0 ? 0 : kSigned ? 127 / largest : 255 / square_root(largest);
+  const float factor = kSigned ? codes_per_scale(largest) : codes_per_root(largest);
   Code padded[kBlock];
   Code* const made = count < kBlock ? padded : codes;
   for (int64_t i = 0; i < kBlock; i += kLanes<float>) {

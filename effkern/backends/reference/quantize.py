@@ -24,7 +24,7 @@ def quantized(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     blocks = blocks.view(-1, QUANTIZED_BLOCK)
     scales = blocks.abs().amax(1) if blocks.numel() else blocks.new_zeros(0)
     if signed:
-        per_scale = torch.where(scales > 0, 127 / scales, 0)
+        per_scale = torch.where(scales > 0, (127 / scales).clamp_max(_LARGEST), 0)
         codes = (blocks * per_scale[:, None]).round().to(torch.int8)
     else:
         per_root = torch.where(scales > 0, 255 / scales.sqrt(), 0)
@@ -58,6 +58,9 @@ def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
     )
     _in_memory_order(made).copy_(values)
     return made
+
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
