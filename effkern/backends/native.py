@@ -105,8 +105,7 @@ def stream_limit(reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) 
     tensors = [*reads, *writes]
     if not 1 <= len(reads) <= 8 or not 1 <= len(writes) <= 8:
         raise ValueError(
-            "stream_limit takes 1 to 8 reads and 1 to 8 writes, "
-            f"got {len(reads)} and {len(writes)}"
+            f"stream_limit takes 1 to 8 reads and 1 to 8 writes, got {len(reads)} and {len(writes)}"
         )
     for tensor in tensors:
         if (

@@ -117,8 +117,10 @@ class FusedOptimizer(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         for i, param in zip(ids, params, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, Tensor) and key != "step":
-                    self.state[param][key] = value.to(param.device)
+                loaded = self.state[param].get(key)
+                if isinstance(value, Tensor) and isinstance(loaded, Tensor) and key != "step":
+                    if loaded.dtype != value.dtype:  # torch.optim casts to the parameter's
+                        self.state[param][key] = value.to(param.device)
 
     # ---- what a rule says of itself ----
 

@@ -30,7 +30,7 @@ from effkern.optim.storage import (
     OPTIONS,
     Storage,
     codes_key,
-    rounding_key,
+    rounding_keys,
     scales_key,
     storage_of,
 )
@@ -286,7 +286,7 @@ def _calls(
                 [of_state(scales_key(n)) if n and storage.quantized else [] for n in names],
                 [steps[i] for i in part] if steps else [],
                 of_state(MASTER) if storage.master else [],
-                [rounding_key(optimizer, p) for p in chosen] if storage.stochastic else [],
+                rounding_keys(optimizer, chosen) if storage.stochastic else [],
                 storage,
             )
 

@@ -103,8 +103,8 @@ def asked_options(
     return {name: value for name, value in asked.items() if value}
 
 
-def rounding_key(optimizer: FusedOptimizer, param: Tensor) -> int:
-    """The key of ``param``'s random bits: of the seed, of its place and of its shard.
+def rounding_keys(optimizer: FusedOptimizer, params: Sequence[Tensor]) -> list[int]:
+    """The keys of parameters' random bits: of the seed, of their places and of their shards.
 
     The seed is `torch.initial_seed` when the optimizer first rounds; in a distributed program it is
     the same on every process, so that replicas stay equal.
@@ -112,8 +112,13 @@ def rounding_key(optimizer: FusedOptimizer, param: Tensor) -> int:
     if optimizer._rounding_seed is None:
         alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
         optimizer._rounding_seed = torch.initial_seed() if alone else 0
-    params = (p for group in optimizer.param_groups for p in group["params"])
-    place = next(i for i, p in enumerate(params) if p is param)
-    key = optimizer._rounding_seed * 0x9E3779B97F4A7C15 + place * 0xD1B54A32D192ED03
-    key = (key + shard_number(param) * 0x94D049BB133111EB) % 2**64
-    return key - 2**64 if key >= 2**63 else key
+    seed = optimizer._rounding_seed * 0x9E3779B97F4A7C15
+    everyone = (param for group in optimizer.param_groups for param in group["params"])
+    places = {id(param): place for place, param in enumerate(everyone)}
+    keys = []
+    for param in params:
+        of_place = places[id(param)] * 0xD1B54A32D192ED03
+        of_shard = shard_number(param) * 0x94D049BB133111EB
+        key = (seed + of_place + of_shard) % 2**64
+        keys.append(key - 2**64 if key >= 2**63 else key)
+    return keys
