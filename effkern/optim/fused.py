@@ -118,9 +118,9 @@ class FusedOptimizer(Optimizer):
         for i, param in zip(ids, params, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
                 loaded = self.state[param].get(key)
-                if isinstance(value, Tensor) and isinstance(loaded, Tensor) and key != "step":
-                    if loaded.dtype != value.dtype:  # torch.optim casts to the parameter's
-                        self.state[param][key] = value.to(param.device)
+                both = isinstance(value, Tensor) and isinstance(loaded, Tensor)
+                if both and key != "step" and loaded.dtype != value.dtype:
+                    self.state[param][key] = value.to(param.device)
 
     # ---- what a rule says of itself ----
 
