@@ -14,6 +14,7 @@ from effkern.backends.reference import plan as reference
 from effkern.backends.table import GRAD
 from effkern.ops import plan as ops
 from effkern.optim.plan import Plan
+from effkern.optim.storage import Storage
 
 FORMS = [ops.put_gradients_, reference.put_gradients_]
 forms = pytest.mark.parametrize("put", FORMS, ids=["library", "python"])
@@ -21,7 +22,9 @@ forms = pytest.mark.parametrize("put", FORMS, ids=["library", "python"])
 
 def make_plan(params: list[Tensor]) -> Plan:
     steps = [torch.zeros(()) for _ in params]
-    return Plan(params, [[torch.zeros_like(p) for p in params]], steps, on_cpu=True)
+    states = [[torch.zeros_like(p) for p in params]]
+    plain = Storage(torch.float32, as_param=True, master=False, stochastic=False)
+    return Plan(params, states, steps, plain, [[]], [], [], on_cpu=True)
 
 
 def call(put: Any, plan: Plan, params: list[Tensor], grads: list[Tensor]) -> int:
