@@ -39,8 +39,8 @@ enum TableColumn : int64_t {
   kScale0 = 11,  // of states in 8 bits: the float32 scales of their blocks
   kScale1 = 12,
   kScale2 = 13,
-  kKey = 14,  // of stochastic rounding, see math/rounding.h
-  kTableColumns = 15,
+  kKey = 14,           // of stochastic rounding, see math/rounding.h
+  kTableColumns = 16,  // a row begins on a cache line, and what every step reads is in that line
 };
 
 // One row of int32 per block of GPU work: which tensor, and which stretch of kChunk elements of it.

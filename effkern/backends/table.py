@@ -23,8 +23,9 @@ import torch
     SCALE1,
     SCALE2,
     KEY,
+    _UNUSED,
     COLUMNS,
-) = range(16)
+) = range(17)
 
 #: Elements in one block of GPU work.
 CHUNK = 8192
