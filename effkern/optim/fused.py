@@ -80,6 +80,10 @@ class FusedOptimizer(Optimizer):
         self._captured: list[Prepared] = []
         self._last_norm: tuple[Tensor, Tensor | None] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take along: clipping too, which stands in no group."""
+        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()

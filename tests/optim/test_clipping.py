@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -99,6 +101,17 @@ def test_the_norm_does_not_depend_on_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_clip_too(way: Any) -> None:
+    optimizer = effkern.FusedAdam([torch.nn.Parameter(torch.zeros(3))], max_grad_norm=0.5)
+    other = way(optimizer)
+    assert other.max_grad_norm == 0.5
+    (param,) = other.param_groups[0]["params"]
+    param.grad = torch.full((3,), 2.0)
+    other.step()
+    assert other.last_grad_norm.item() == pytest.approx(12**0.5)
 
 
 def test_arguments() -> None:
