@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from effkern.ops.deferred import register
 from effkern.ops.step import RuleOps
 from effkern.optim.calls import ListedCall
-from effkern.optim.checks import check_grad, check_param, check_state
-from effkern.optim.distributed import is_dtensor
+from effkern.optim.checks import check_grad
+from effkern.optim.norm import LastNorm
 from effkern.optim.prepared import Prepared
-from effkern.optim.state import complete, exported, step_counter
-from effkern.optim.storage import OPTIONS, asked_options
-from effkern.optim.traced import step_lists
+from effkern.optim.scaling import deferred_keywords
+from effkern.optim.state import exported, step_counter
+from effkern.optim.storage import asked_options, rounding_keys, storage_of
+from effkern.optim.traced import begin_tracing, prepare_traced, step_traced
 
 
 class FusedOptimizer(Optimizer):
@@ -78,7 +80,9 @@ class FusedOptimizer(Optimizer):
         self._rounding_seed: int | None = None
         self._steps: dict[Tensor, Tensor] = {}
         self._captured: list[Prepared] = []
-        self._last_norm: tuple[Tensor, Tensor | None] | None = None
+        self._last_norm = LastNorm()
+        if not hasattr(self, "_name"):
+            self._name = register(self)  # in compiled graphs, also after a state was loaded
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take along: clipping too, which stands in no group."""
@@ -189,18 +193,15 @@ class FusedOptimizer(Optimizer):
         Raises:
             AttributeError: if there was no such step.
         """
-        if self._last_norm is None:
+        norm = self._last_norm.value()
+        if norm is None:
             raise AttributeError("last_grad_norm is there after a step with max_grad_norm")
-        squares, scale = self._last_norm
-        norm = squares.sum().sqrt()
-        if scale is not None:
-            norm = norm / scale
         params = (p for group in self.param_groups for p in group["params"])
         wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
         return norm if wide else norm.float()
 
     def _keep_norm(self, squares: Tensor) -> None:
-        self._last_norm = (squares, self._scaling()[0])
+        self._last_norm.keep(squares, self._scaling()[0])
 
     # ---- the step ----
 
@@ -223,11 +224,10 @@ class FusedOptimizer(Optimizer):
                 loss = closure()
         if not torch.compiler.is_compiling():
             self._step_eagerly()
-        elif not self._is_traceable():
-            self._step_outside()
+        elif self._begin_tracing():
+            step_traced(self)
         else:
-            for group in self.param_groups:
-                self._step_traced(group)
+            self._step_outside()
         return loss
 
     def _counts_on_device(self, group: dict[str, Any]) -> bool:
@@ -258,16 +258,7 @@ class FusedOptimizer(Optimizer):
             self._prepared = None
         prepared.run(self, accepted)
 
-    def _is_traceable(self) -> bool:
-        """Whether a compiled graph can hold the step."""
-        params = (p for group in self.param_groups for p in group["params"])
-        return (
-            self.max_grad_norm is None
-            and not any(group.get(option) for group in self.param_groups for option in OPTIONS)
-            and not any(p.is_complex() or is_dtensor(p) for p in params)
-        )
-
-    # Where torch.compile cannot hold the step in its graph.
+    # Beside a graph, which cannot hold a step of DTensors.
     _step_outside = torch._disable_dynamo(_step_eagerly)
 
     def _accept(
@@ -294,44 +285,34 @@ class FusedOptimizer(Optimizer):
 
     # ---- the compiled step ----
 
-    def _init_group(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        steps: list[Tensor],
-        *states: list[Tensor],
-    ) -> None:
-        """Fill the lists with every parameter that has a gradient, its gradient and its state.
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        """``param_groups`` under another name: by that one Dynamo guards on every number in it."""
+        groups: list[dict[str, Any]] = self.__dict__["param_groups"]
+        return groups
 
-        Dynamo knows this method by its name: it runs it once, outside the graph, and takes what it
-        lists as inputs of the graph.
-        """
-        names = self._states(group)
-        chosen = [param for param in group["params"] if param.grad is not None]
-        for param in chosen:
-            check_param(self, group, param)
-            check_grad(self, group, param, param.grad)
-            check_state(self, group, param, names)
-        new = [complete(self, group, param, names) for param in chosen]
-        params += chosen
-        grads += [param.grad for param in chosen]
-        steps += self._counters(group, chosen, new)
-        for name, tensors in zip(names, states, strict=True):
-            if name is not None:
-                tensors += [self.state[param][name] for param in chosen]
+    def _begin_tracing(self) -> bool:
+        return begin_tracing(self)
 
-    # Under another name Dynamo traces it like any method: slower to compile, but it may then
-    # follow a backward in the same graph.
-    _init_group_in_graph = _init_group
+    def _prepare_traced(
+        self, which: tuple[tuple[int, ...], ...]
+    ) -> tuple[tuple[bool, ...], tuple[bool, ...]] | None:
+        return prepare_traced(self, which)
 
-    def _step_traced(self, group: dict[str, Any]) -> None:
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        steps: list[Tensor] = []
-        states: list[list[Tensor]] = [[] for _ in self._states(group)]
-        if getattr(torch._dynamo.config, "trace_autograd_ops", False):
-            self._init_group_in_graph(group, params, grads, steps, *states)
-        else:
-            self._init_group(group, params, grads, steps, *states)
-        step_lists(self, group, params, grads, steps, states)
+    # Dynamo calls these while it traces, beside the graph. `torch.compiler.assume_constant_result`
+    # does the same, but loads Dynamo.
+    _begin_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _prepare_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _deferred(
+        self, group: int, which: Sequence[int], tensors: dict[str, Tensor | None]
+    ) -> tuple[list[bool], list[int], dict[str, Any]]:
+        """As `effkern.ops.deferred.Stepper._deferred`."""
+        asked = self.param_groups[group]
+        params = [asked["params"][i] for i in which]
+        stochastic = storage_of(asked, params[0]).stochastic
+        return (
+            [name is not None for name in self._states(asked)],
+            rounding_keys(self, params) if stochastic else [],
+            deferred_keywords(self, asked, tensors),
+        )

@@ -95,12 +95,12 @@ def test_eager_and_compiled_steps_take_turns() -> None:
 
 
 def test_a_float_learning_rate_may_change() -> None:
-    """Each value is compiled in, as in torch.optim."""
     twins = Twins(shapes())
     compiled = Compiled(twins)
-    for lr in (0.1, 0.2, 0.1):
+    for lr in (0.1, 0.2, 0.3, 0.1):
         twins.both(lambda optimizer, lr=lr: optimizer.param_groups[0].update(lr=lr))
         compiled.step()
+    assert compiled.graphs.frame_count == 1
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
@@ -242,39 +242,8 @@ def test_every_rule_with_its_learning_rate_in_a_tensor(
     assert compiled.graphs.frame_count == 1
 
 
-def test_complex_parameters_are_updated_beside_the_graph() -> None:
+def test_complex_parameters() -> None:
     params = [torch.randn(4, dtype=torch.complex64), torch.randn(3, 2, dtype=torch.complex64).t()]
-    twins = Twins(params, eps=1e-3)
-    step = torch.compile(twins.optimizer.step, backend=BACKEND)
+    compiled = Compiled(Twins(params, eps=1e-3))
     for _ in range(3):
-        twins.new_grads()
-        step()
-        twins.twin.step()
-        twins.check()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"state_dtype": "int8"},
-        {"master_weights": True, "state_dtype": torch.float32},
-        {"stochastic_rounding": True},
-        {"max_grad_norm": 0.5},
-    ],
-    ids=str,
-)
-def test_storage_and_clipping(options: dict[str, Any]) -> None:
-    """Compiled and eager steps of the same optimizer are the same steps."""
-
-    def train(compiled: bool) -> list[Tensor]:
-        torch.manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(s).bfloat16()) for s in ((30, 10), (7,))]
-        optimizer = effkern.FusedAdamW(params, lr=0.01, **options)
-        step = torch.compile(optimizer.step, backend=BACKEND) if compiled else optimizer.step
-        for _ in range(3):
-            for p in params:
-                p.grad = torch.randn_like(p)
-            step()
-        return [p.detach() for p in params]
-
-    assert all(map(torch.equal, train(compiled=True), train(compiled=False)))
+        compiled.step()
