@@ -24,7 +24,9 @@ from effkern.ops.step import RuleOps
 class Stepper(Protocol):
     """An optimizer as the op sees it."""
 
-    _rule: RuleOps
+    @property
+    def _rule(self) -> RuleOps:
+        """Its update rule."""
 
     def _deferred(
         self, group: int, which: Sequence[int], tensors: dict[str, Tensor | None]

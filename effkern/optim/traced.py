@@ -200,7 +200,10 @@ def _calls(
             scaled = [scales_key(name) for name in names] if storage.quantized else []
             chosen = [params[i] for i in some]
             dense = [p if is_dense(p) else torch.empty_like(p).copy_(p) for p in chosen]
-            grads = [laid_out_like(p.grad, d) for p, d in zip(chosen, dense, strict=True)]
+            grads = [
+                laid_out_like(p.grad, d)  # type: ignore[arg-type]
+                for p, d in zip(chosen, dense, strict=True)
+            ]
             states = [optimizer.state[p][key] for key in stored for p in chosen]
             # A graph would not write to real views of its inputs, but to memory beyond them.
             own = [

@@ -161,47 +161,6 @@ def test_what_is_refused_eagerly_is_refused_compiled() -> None:
     assert not optimizer.state
 
 
-def train(step_of: Callable[[Any], Any], made: Any = effkern.FusedAdamW) -> list[Tensor]:
-    """Three steps of a small model; ``step_of`` turns the function of a step into what is run."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-    optimizer = made(model.parameters(), lr=0.05)
-
-    def step(x: Tensor) -> Tensor:
-        loss = model(x).square().mean()
-        loss.backward()
-        optimizer.step()
-        for p in model.parameters():  # Dynamo traces no zero_grad
-            p.grad = None
-        return loss.detach()
-
-    run = step_of(step)
-    losses = [run(torch.randn(4, 6)) for _ in range(3)]
-    return [*losses, *(p.detach() for p in model.parameters())]
-
-
-def test_the_default_compile_of_a_training_step() -> None:
-    """Dynamo breaks the graph at the call of backward."""
-    expected = train(lambda step: step)
-    torch.testing.assert_close(train(lambda step: torch.compile(step, backend=BACKEND)), expected)
-    torch.testing.assert_close(train(lambda step: step, torch.optim.AdamW), expected)
-
-
-@pytest.mark.skipif(
-    not hasattr(torch._dynamo.config, "trace_autograd_ops"),
-    reason="this PyTorch traces no backward",
-)
-@pytest.mark.parametrize("eager_steps", [0, 1])
-def test_a_whole_training_step_in_one_graph(eager_steps: int) -> None:
-    def compiled(step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        whole = torch.compile(step, fullgraph=True, backend=BACKEND)
-        steps = iter([step] * eager_steps)
-        return lambda x: next(steps, whole)(x)
-
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
-        torch.testing.assert_close(train(compiled), train(lambda step: step))
-
-
 #: Options that reach every state a rule may keep.
 EVERY_RULE: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (effkern.FusedSGD, {}),

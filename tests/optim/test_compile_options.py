@@ -130,7 +130,13 @@ def test_every_way_of_storing_with_clipping(kind: type[Optimizer], options: dict
 
 
 def test_with_inductor() -> None:
-    pair = Pair(stored_in_every_way, effkern.FusedAdam, "inductor", lr=0.01, max_grad_norm=0.5)
+    """Plain parameters are in test_compile.py."""
+
+    def groups() -> list[dict[str, Any]]:
+        narrow = {"params": some(torch.bfloat16), "state_dtype": "int8", "master_weights": True}
+        return [narrow, {"params": [torch.randn(3, dtype=torch.complex64)]}]
+
+    pair = Pair(groups, effkern.FusedAdam, "inductor", lr=0.01, max_grad_norm=0.5)
     for _ in range(2):
         pair.step()
 
@@ -250,11 +256,12 @@ def test_what_changes_between_steps(change: str) -> None:
 
 
 def test_parameters_without_gradients() -> None:
-    pair = Pair(stored_in_every_way, effkern.FusedSGD, momentum=0.9, max_grad_norm=0.5)
-    everything = range(len(list(pair.params())))
-    pair.step(without=[0, 5, 6, 12])
-    pair.step(without=everything[2:])
-    pair.step(without=[])
+    def groups() -> list[dict[str, Any]]:
+        return [{"params": some()}, {"params": some(torch.bfloat16), "master_weights": True}]
+
+    pair = Pair(groups, effkern.FusedSGD, momentum=0.9, max_grad_norm=0.5)
+    for without in ([0], [1, 2, 3], [0, 1, 2, 3], []):
+        pair.step(without)
 
 
 def test_parameters_that_share_memory_are_updated_one_after_another() -> None:
