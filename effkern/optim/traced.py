@@ -33,6 +33,9 @@ _deferred_step_ = torch.ops.effkern._deferred_step_.default
 def step_traced(optimizer: FusedOptimizer) -> None:
     """Update every parameter that has a gradient; none is a DTensor."""
     groups = optimizer._groups
+    for group in groups:
+        for param in group["params"]:
+            id(param)  # Dynamo then guards on it: it is what states are found by
     which = [
         tuple([i for i, param in enumerate(group["params"]) if param.grad is not None])
         for group in groups
@@ -76,11 +79,6 @@ def begin_tracing(optimizer: FusedOptimizer) -> bool:
     if any(is_dtensor(param) for group in optimizer.param_groups for param in group["params"]):
         return False
     optimizer._check_grads()
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            # Dynamo then guards on its identity, as it does in torch.optim: its state is found by
-            # that.
-            torch._dynamo.mark_static_address(param, guard=True)
     return True
 
 

@@ -118,6 +118,32 @@ def test_in_one_graph(kind: type[Optimizer], options: dict[str, Any]) -> None:
 
 
 @in_one_graph
+def test_a_parameter_replaced_between_steps() -> None:
+    def trained(step_of: Callable[[Step], Step]) -> Tensor:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 3)
+        optimizer = effkern.FusedAdam(model.parameters())
+
+        def step(x: Tensor) -> Tensor:
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            model.weight.grad = model.bias.grad = None
+            return loss.detach()
+
+        run = step_of(step)
+        run(torch.ones(3))
+        model.weight = torch.nn.Parameter(torch.ones(3, 3))
+        optimizer.param_groups[0]["params"][0] = model.weight
+        run(torch.ones(3))
+        return model.weight.detach()
+
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        found = trained(whole(CompileCounterWithBackend(BACKEND)))
+    assert torch.equal(found, trained(lambda step: step))
+
+
+@in_one_graph
 @pytest.mark.parametrize("eager_steps", [0, 1])
 def test_in_one_graph_with_clipping_and_every_way_of_storing(eager_steps: int) -> None:
     ways = (
