@@ -33,9 +33,9 @@ class FusedOptimizer(Optimizer):
     processes (but not as a flattened one of `torch.distributed.checkpoint`). LAMB's norms and
     ``max_grad_norm`` are over all shards, which takes a collective in each step.
 
-    torch.compile takes a step into its graph; it runs beside the graph for DTensors, for complex
-    parameters, and with ``master_weights``, ``state_dtype``, ``stochastic_rounding`` or
-    ``max_grad_norm``.
+    torch.compile takes a step into its graph, whatever the options, and reads hyperparameters when
+    the graph runs: one that changes does not compile anew. A step of DTensors runs beside the
+    graph, which ``fullgraph=True`` refuses.
     """
 
     _rule: ClassVar[RuleOps]

@@ -19,7 +19,7 @@ from tests.support.backends import Backend
 #: Options that reach every state a rule may keep.
 VARIANTS: list[tuple[type[Optimizer], dict[str, Any]]] = [
     (effkern.FusedAdam, {"amsgrad": True}),
-    (effkern.FusedAdamW, {}),
+    (effkern.FusedAdamW, {"capturable": True}),
     (effkern.FusedSGD, {}),
     (effkern.FusedSGD, {"momentum": 0.9, "dampening": 0.3}),
     (effkern.FusedAdagrad, {}),
