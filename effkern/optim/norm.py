@@ -46,11 +46,13 @@ def squares_of(parts: Sequence[Part]) -> Tensor:
     """Numbers that add up to the sum of squares of all gradients, of all shards.
 
     Args:
-        parts: at least one; on every process the same shardings in the same order.
+        parts: on every process the same shardings in the same order; perhaps none.
 
     Returns:
         float64, of one dimension, on the first part's device.
     """
+    if not parts:
+        return torch.zeros(1, dtype=torch.float64, device="cpu")
     together: dict[Any, list[Part]] = {}
     for part in parts:
         together.setdefault((part.device, part.sharding), []).append(part)

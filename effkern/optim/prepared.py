@@ -212,7 +212,7 @@ class Prepared:
             accepted: what `accept` gave.
         """
         keywords = [step_keywords(optimizer, call.group, call.device) for call in self._calls]
-        if optimizer.max_grad_norm is not None and self._calls:
+        if optimizer.max_grad_norm is not None:
             squares = squares_of(self._calls)
             optimizer._keep_norm(squares)
             for call, arguments in zip(self._calls, keywords, strict=True):

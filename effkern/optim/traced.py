@@ -51,7 +51,7 @@ def step_traced(optimizer: FusedOptimizer) -> None:
         for call in _calls(optimizer, number, which[number], apart[number])
     ]
     squares = None
-    if optimizer.max_grad_norm is not None and calls:
+    if optimizer.max_grad_norm is not None:
         squares = squares_of([GradientList(call.device, None, call.grads) for call in calls])
         optimizer._keep_norm(squares)
     backend = choice.requested() or ""
