@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/macros.h"
 #include "math/scalar.h"
@@ -161,7 +162,8 @@ EFFKERN_INLINE void store(Float16* p, Floats v) {
 
 // ---- codes of 8 bits ----
 
-// The compiler's own conversions go through one register for each element.
+// The compiler's own conversions go through one register for each element. Codes are stored four
+// vectors at a time: the lowest 8 bits of each number.
 #if defined(__AVX512F__)
 EFFKERN_INLINE Ints load_codes(const int8_t* p) {
   return bit_cast<Ints>(
@@ -171,10 +173,11 @@ EFFKERN_INLINE Ints load_codes(const uint8_t* p) {
   return bit_cast<Ints>(
       _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
-// Of each number the lowest 8 bits.
-EFFKERN_INLINE void store_codes(void* p, Ints v) {
-  _mm_storeu_si128(static_cast<__m128i*>(p),
-                   _mm512_maskz_cvtepi32_epi8(0xffff, bit_cast<__m512i>(v)));
+EFFKERN_INLINE void store_codes(void* p, const Ints (&v)[4]) {
+  for (int i = 0; i < 4; ++i) {
+    _mm_storeu_si128(static_cast<__m128i*>(p) + i,
+                     _mm512_maskz_cvtepi32_epi8(0xffff, bit_cast<__m512i>(v[i])));
+  }
 }
 #elif defined(__AVX2__)
 EFFKERN_INLINE Ints load_codes(const int8_t* p) {
@@ -183,14 +186,32 @@ EFFKERN_INLINE Ints load_codes(const int8_t* p) {
 EFFKERN_INLINE Ints load_codes(const uint8_t* p) {
   return bit_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
-EFFKERN_INLINE void store_codes(void* p, Ints v) {
-  const __m256i low_bytes =
-      _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1,
-                       -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
-  const __m256i halves = _mm256_shuffle_epi8(bit_cast<__m256i>(v), low_bytes);
-  const __m256i together =
-      _mm256_permutevar8x32_epi32(halves, _mm256_setr_epi32(0, 4, 1, 1, 1, 1, 1, 1));
-  _mm_storel_epi64(static_cast<__m128i*>(p), _mm256_castsi256_si128(together));
+EFFKERN_INLINE void store_codes(void* p, const Ints (&v)[4]) {
+  const auto low = [&](int i) { return bit_cast<__m256i>(v[i] & 0xff); };
+  const __m256i bytes =
+      _mm256_packus_epi16(_mm256_packus_epi32(low(0), low(1)), _mm256_packus_epi32(low(2), low(3)));
+  // Packing leaves each half of a register to itself.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(bytes, order));
+}
+#elif defined(__SSE2__)
+EFFKERN_INLINE __m128i load_four_codes(const void* p) {
+  int32_t bytes;
+  __builtin_memcpy(&bytes, p, sizeof(bytes));
+  return _mm_cvtsi32_si128(bytes);
+}
+EFFKERN_INLINE Ints load_codes(const int8_t* p) {
+  const __m128i bytes = load_four_codes(p), twice = _mm_unpacklo_epi8(bytes, bytes);
+  return bit_cast<Ints>(_mm_srai_epi32(_mm_unpacklo_epi16(twice, twice), 24));
+}
+EFFKERN_INLINE Ints load_codes(const uint8_t* p) {
+  const __m128i zero = _mm_setzero_si128();
+  return bit_cast<Ints>(_mm_unpacklo_epi16(_mm_unpacklo_epi8(load_four_codes(p), zero), zero));
+}
+EFFKERN_INLINE void store_codes(void* p, const Ints (&v)[4]) {
+  const auto low = [&](int i) { return bit_cast<__m128i>(v[i] & 0xff); };
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm_packus_epi16(_mm_packs_epi32(low(0), low(1)),
+                                                              _mm_packs_epi32(low(2), low(3))));
 }
 #else
 template <class Code>
@@ -199,9 +220,9 @@ EFFKERN_INLINE Ints load_codes(const Code* p) {
   for (int64_t i = 0; i < kLanes<float>; ++i) v[i] = p[i];
   return v;
 }
-EFFKERN_INLINE void store_codes(void* p, Ints v) {
-  for (int64_t i = 0; i < kLanes<float>; ++i)
-    static_cast<uint8_t*>(p)[i] = static_cast<uint8_t>(v[i]);
+EFFKERN_INLINE void store_codes(void* p, const Ints (&v)[4]) {
+  for (int64_t i = 0; i < 4 * kLanes<float>; ++i)
+    static_cast<uint8_t*>(p)[i] = static_cast<uint8_t>(v[i / kLanes<float>][i % kLanes<float>]);
 }
 #endif
 
@@ -231,6 +252,12 @@ EFFKERN_INLINE void store_first(T* p, Vec<T> v, int64_t count) {
   T padded[kLanes<T>];
   store(padded, v);
   __builtin_memcpy(p, padded, static_cast<size_t>(count) * sizeof(T));
+}
+
+// The rest as zeros.
+EFFKERN_INLINE Floats first_lanes(Floats x, int64_t count) {
+  for (int64_t lane = count; lane < kLanes<float>; ++lane) x[lane] = 0;
+  return x;
 }
 
 // Whole vectors and the last, shorter one alike.
@@ -278,6 +305,35 @@ EFFKERN_INLINE void finish_streams() {
 #endif
 }
 
+// ---- float32 to float64 ----
+
+struct DoublesPair {
+  Doubles low, high;  // the first and the second half of the lanes
+};
+EFFKERN_INLINE DoublesPair widened(Floats x) {
+#if defined(__AVX512F__)
+  const auto half = [&](auto i) {
+    const __m256 lanes = _mm512_maskz_extractf32x8_ps(0xff, bit_cast<__m512>(x), i.value);
+    return bit_cast<Doubles>(_mm512_maskz_cvtps_pd(0xff, lanes));
+  };
+  return {half(std::integral_constant<int, 0>()), half(std::integral_constant<int, 1>())};
+#elif defined(__AVX2__)
+  const __m256 v = bit_cast<__m256>(x);
+  return {bit_cast<Doubles>(_mm256_cvtps_pd(_mm256_castps256_ps128(v))),
+          bit_cast<Doubles>(_mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)))};
+#elif defined(__SSE2__)
+  const __m128 v = bit_cast<__m128>(x);
+  return {bit_cast<Doubles>(_mm_cvtps_pd(v)), bit_cast<Doubles>(_mm_cvtps_pd(_mm_movehl_ps(v, v)))};
+#else
+  DoublesPair wide = {};
+  for (int64_t i = 0; i < kLanes<double>; ++i) {
+    wide.low[i] = x[i];
+    wide.high[i] = x[i + kLanes<double>];
+  }
+  return wide;
+#endif
+}
+
 // ---- arithmetic that no operator says ----
 
 EFFKERN_INLINE Floats square_root(Floats x) {
@@ -309,37 +365,6 @@ EFFKERN_INLINE Doubles square_root(Doubles x) {
 #endif
 }
 
-// Within two units of the last place, and without the divider, which is slower than memory where
-// little memory is moved: an estimate of 12 or 14 bits and one step of Newton's. Of numbers that
-// are not finite, quotients by zero and roots of negative numbers only NaN or zero may come.
-#if defined(__AVX512F__)
-EFFKERN_INLINE Floats quick_square_root(Floats x) {
-  const __m512 v = bit_cast<__m512>(x);
-  const __mmask16 positive = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ);
-  const Floats y = bit_cast<Floats>(_mm512_maskz_rsqrt14_ps(positive, v)), root = x * y;
-  return root + (x - root * root) * (y * 0.5f);
-}
-EFFKERN_INLINE Floats quick_quotient(Floats a, Floats b) {
-  const Floats y = bit_cast<Floats>(_mm512_maskz_rcp14_ps(0xffff, bit_cast<__m512>(b)));
-  const Floats q = a * y;
-  return q + (a - q * b) * y;
-}
-#elif defined(__AVX2__)
-EFFKERN_INLINE Floats quick_square_root(Floats x) {
-  const Floats y = bit_cast<Floats>(_mm256_rsqrt_ps(bit_cast<__m256>(x)));
-  const Floats root = x > 0 ? x * y : x;
-  return root + (x - root * root) * (x > 0 ? y * 0.5f : Floats{});
-}
-EFFKERN_INLINE Floats quick_quotient(Floats a, Floats b) {
-  const Floats y = bit_cast<Floats>(_mm256_rcp_ps(bit_cast<__m256>(b)));
-  const Floats q = a * y;
-  return q + (a - q * b) * y;
-}
-#else
-EFFKERN_INLINE Floats quick_square_root(Floats x) { return square_root(x); }
-EFFKERN_INLINE Floats quick_quotient(Floats a, Floats b) { return a / b; }
-#endif
-
 EFFKERN_INLINE Floats larger(Floats a, Floats b) { return ((b > a) | (b != b)) ? b : a; }
 EFFKERN_INLINE Doubles larger(Doubles a, Doubles b) { return ((b > a) | (b != b)) ? b : a; }
 
@@ -349,22 +374,6 @@ EFFKERN_INLINE Floats sign_of(Floats x) {
 EFFKERN_INLINE Doubles sign_of(Doubles x) {
   return x > 0 ? Doubles{} + 1 : (x < 0 ? Doubles{} - 1 : Doubles{});
 }
-
-// A vector that divides and takes roots quickly: what a formula may be given in place of Floats.
-struct QuickFloats {
-  Floats of;
-};
-EFFKERN_INLINE QuickFloats operator+(QuickFloats a, QuickFloats b) { return {a.of + b.of}; }
-EFFKERN_INLINE QuickFloats operator-(QuickFloats a, QuickFloats b) { return {a.of - b.of}; }
-EFFKERN_INLINE QuickFloats operator*(QuickFloats a, QuickFloats b) { return {a.of * b.of}; }
-EFFKERN_INLINE QuickFloats operator+(QuickFloats a, float b) { return {a.of + b}; }
-EFFKERN_INLINE QuickFloats operator*(QuickFloats a, float b) { return {a.of * b}; }
-EFFKERN_INLINE QuickFloats operator/(QuickFloats a, QuickFloats b) {
-  return {quick_quotient(a.of, b.of)};
-}
-EFFKERN_INLINE QuickFloats square_root(QuickFloats x) { return {quick_square_root(x.of)}; }
-EFFKERN_INLINE QuickFloats larger(QuickFloats a, QuickFloats b) { return {larger(a.of, b.of)}; }
-EFFKERN_INLINE QuickFloats sign_of(QuickFloats x) { return {sign_of(x.of)}; }
 
 // The sum of the lanes, in an order that depends on their number alone.
 template <class V>

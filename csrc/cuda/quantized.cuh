@@ -54,7 +54,8 @@ __device__ __forceinline__ Words quantize(const Values& values, float scale) {
 #pragma unroll
   for (int v = 0; v < kLaneValues; ++v) {
     const float value = values[v];
-    int code = __float2int_rn(kSigned ? signed_code(value, factor) : unsigned_code(value, factor));
+    int code = __float2int_rn(kSigned ? signed_code(value, factor)
+                                      : unsigned_code(square_root(value), factor));
     if (!kSigned && value > 0.0f && code == 0) code = 1;
     codes.value[v] = static_cast<unsigned char>(code);
   }

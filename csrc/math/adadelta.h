@@ -45,9 +45,9 @@ struct Adadelta {
   EFFKERN_INLINE void update(V& param, V grad, V (&state)[kMostStates], const Scalars<S>& s) {
     grad = signed_and_decayed(grad, param, s.sign, s.l2);
     V &square_avg = state[0], &acc_delta = state[1];
-    square_avg = square_avg * s.rho + grad * grad * s.one_minus_rho;
+    square_avg = square_avg * s.rho + grad * s.one_minus_rho * grad;
     const V delta = square_root(acc_delta + s.eps) / square_root(square_avg + s.eps) * grad;
-    acc_delta = acc_delta * s.rho + delta * delta * s.one_minus_rho;
+    acc_delta = acc_delta * s.rho + delta * s.one_minus_rho * delta;
     param = param - delta * s.lr;
   }
 };

@@ -61,7 +61,7 @@ struct Adam {
     grad = signed_and_decayed(grad, param, s.sign, s.l2);
     param = param * s.shrink;
     exp_avg = exp_avg + (grad - exp_avg) * s.one_minus_beta1;
-    exp_avg_sq = exp_avg_sq * s.beta2 + grad * grad * s.one_minus_beta2;
+    exp_avg_sq = exp_avg_sq * s.beta2 + grad * s.one_minus_beta2 * grad;
     V second = exp_avg_sq;
     if constexpr (kVariant == 1) second = max_exp_avg_sq = larger(max_exp_avg_sq, exp_avg_sq);
     param = param - exp_avg * s.step_size / (square_root(second) * s.rsqrt_bias2 + s.eps);

@@ -54,7 +54,7 @@ struct Lamb {
     grad = grad * s.sign;
     V &exp_avg = state[0], &exp_avg_sq = state[1];
     exp_avg = exp_avg * s.beta1 + grad * s.one_minus_beta1;
-    exp_avg_sq = exp_avg_sq * s.beta2 + grad * grad * s.one_minus_beta2;
+    exp_avg_sq = exp_avg_sq * s.beta2 + grad * s.one_minus_beta2 * grad;
   }
 
   // Both passes: where the parameter goes.

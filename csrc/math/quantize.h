@@ -39,10 +39,10 @@ EFFKERN_INLINE V signed_value(V code, S scale) {
   return code * (scale * (S(1) / S(127)));
 }
 
-// Likewise, and then raised to 1 where the value is not 0.
+// Likewise of the value's square root, and then raised to 1 where that is not 0.
 template <class V, class S>
-EFFKERN_INLINE V unsigned_code(V value, S per_root) {
-  return square_root(value) * per_root;
+EFFKERN_INLINE V unsigned_code(V root, S per_root) {
+  return root * per_root;
 }
 template <class V, class S>
 EFFKERN_INLINE V unsigned_value(V code, S scale) {

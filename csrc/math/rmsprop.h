@@ -51,7 +51,7 @@ struct RmsProp {
   EFFKERN_INLINE void update(V& param, V grad, V (&state)[kMostStates], const Scalars<S>& s) {
     auto& [square_avg, buffer, grad_avg] = state;
     grad = signed_and_decayed(grad, param, s.sign, s.l2);
-    square_avg = square_avg * s.alpha + grad * grad * s.one_minus_alpha;
+    square_avg = square_avg * s.alpha + grad * s.one_minus_alpha * grad;
     V second = square_avg;
     if constexpr ((kVariant & 2) != 0) {
       grad_avg = grad_avg + (grad - grad_avg) * s.one_minus_alpha;

@@ -147,6 +147,29 @@ def test_blocks_of_tiny_values(backend: Backend, size: float) -> None:
 
 
 @rules
+@pytest.mark.parametrize("state", [torch.float32, "int8"], ids=str)
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e-19, 1e-16, 1e16, 5e19])
+def test_gradients_whose_squares_leave_float32(
+    backend: Backend, rule: Rule, state: Any, size: float
+) -> None:
+    """Squares that are subnormal or none, and such as only their share of a mean is a float32."""
+    options = dict(rule.options)
+    if "eps" in options:
+        options["eps"] = 1e-8
+    stored = Stored(rule, [300], torch.float32, backend.device, state, options, steps=(0.0,))
+    for one in stored.states:
+        for tensor in one:
+            tensor.zero_()
+    stored.grads[0].copy_(size * torch.randn(300).sign())
+    mine, right = both(rule, stored)
+    assert torch.equal(mine.params[0].isfinite(), right.params[0].isfinite())
+    finite = right.params[0].isfinite()
+    torch.testing.assert_close(
+        mine.params[0][finite], right.params[0][finite], rtol=1e-4, atol=1e-5
+    )
+
+
+@rules
 def test_clipping_and_scale_reach_mixed_kernels(backend: Backend, rule: Rule) -> None:
     """Clipped to half their norm, gradients scaled by 4 act like halves of the plain ones."""
     plain = Stored(rule, [300], torch.float32, backend.device, "int8", rule.options)

@@ -3,126 +3,11 @@
 // Included by step.h's users; accumulation is float32 throughout.
 #pragma once
 
+#include "cpu/kernels/coded_block.h"
 #include "cpu/kernels/step.h"
-#include "math/quantize.h"
-#include "math/rounding.h"
 
 namespace effkern::cpu::EFFKERN_ISA {
 namespace {
-
-constexpr int64_t kBlock = kQuantizedBlock;
-static_assert(kChunk % kBlock == 0 && kBlock % kLanes<float> == 0);
-
-// One block of a tensor's values; behind its end they are 0.
-struct Values {
-  alignas(64) float of[kBlock];
-};
-
-// ---- floating-point storage ----
-
-template <class T>
-void widen(const T* from, int64_t count, Values& to) {
-  int64_t i = 0;
-  for (; i + kLanes<float> <= count; i += kLanes<float>) store(to.of + i, load(from + i));
-  if (i < count) {
-    store(to.of + i, load_first(from + i, count - i));
-    i += kLanes<float>;
-  }
-  for (; i < kBlock; i += kLanes<float>) store(to.of + i, Floats{});
-}
-
-// `from` may be read up to the end of its last vector.
-template <class T>
-void narrow(const float* from, int64_t count, T* to) {
-  int64_t i = 0;
-  for (; i + kLanes<float> <= count; i += kLanes<float>) store(to + i, load(from + i));
-  if (i < count) store_first(to + i, load(from + i), count - i);
-}
-
-// ---- stochastic rounding ----
-
-EFFKERN_INLINE Words lane_numbers() {
-  Words lanes = {};
-  for (uint32_t i = 0; i < kLanes<float>; ++i) lanes[i] = i;
-  return lanes;
-}
-
-// `index` is that of the block's first element in its tensor.
-inline void narrow_stochastically(const float* from, int64_t count, uint32_t seed, int64_t index,
-                                  BFloat16* to) {
-  const uint64_t first = static_cast<uint64_t>(index);
-  const uint32_t stream = rounding_stream(seed, static_cast<uint32_t>(first >> 32));
-  Words lower = lane_numbers() + static_cast<uint32_t>(first);
-  for (int64_t i = 0; i < count;
-       i += kLanes<float>, lower += static_cast<uint32_t>(kLanes<float>)) {
-    const Floats x = load(from + i);
-    const Words bits = bit_cast<Words>(x);
-    const Words rounded = round_stochastically(bits, random_bits(stream, lower));
-    const Words nearest = __builtin_convertvector(to_bfloat16(x), Words);
-    const Words finite = bit_cast<Words>((bits & 0x7f800000u) != 0x7f800000u);
-    const Halves chosen = __builtin_convertvector((rounded & finite) | (nearest & ~finite), Halves);
-    const int64_t left = count - i;
-    __builtin_memcpy(to + i, &chosen,
-                     static_cast<size_t>(left < kLanes<float> ? left : kLanes<float>) * 2);
-  }
-}
-
-// ---- states in 8 bits ----
-
-EFFKERN_INLINE Words magnitude_bits(Floats x) { return bit_cast<Words>(x) & 0x7fffffffu; }
-
-// Floating-point numbers of magnitude below 2^22, to the nearest integer, ties to even.
-EFFKERN_INLINE Ints nearest(Floats x) { return bit_cast<Ints>(x + 12582912.0f) - 0x4b400000; }
-
-template <class Code>
-void dequantize(const Code* codes, float scale, int64_t count, Values& to) {
-  constexpr bool kSigned = static_cast<Code>(-1) < 0;
-  Code padded[kBlock] = {};
-  if (count < kBlock) {
-    __builtin_memcpy(padded, codes, static_cast<size_t>(count));
-    codes = padded;
-  }
-  for (int64_t i = 0; i < kBlock; i += kLanes<float>) {
-    const Floats code = __builtin_convertvector(load_codes(codes + i), Floats);
-    store(to.of + i, kSigned ? signed_value(code, scale) : unsigned_value(code, scale));
-  }
-}
-
-// The largest magnitude. As bits, magnitudes of float32 are ordered like integers, NaN above all.
-inline float largest_magnitude(const Values& values) {
-  Words most = {};
-  for (int64_t i = 0; i < kBlock; i += kLanes<float>) {
-    const Words one = magnitude_bits(load(values.of + i));
-    most = one > most ? one : most;
-  }
-  uint32_t bits = 0;
-  for (int64_t i = 0; i < kLanes<float>; ++i) bits = most[i] > bits ? most[i] : bits;
-  return bit_cast<float>(bits);
-}
-
-template <class Code>
-void quantize(const Values& from, int64_t count, Code* codes, float* scale) {
-  constexpr bool kSigned = static_cast<Code>(-1) < 0;
-  const float largest = largest_magnitude(from);
-  *scale = largest;
-  const float factor = kSigned ? codes_per_scale(largest) : codes_per_root(largest);
-  Code padded[kBlock];
-  Code* const made = count < kBlock ? padded : codes;
-  for (int64_t i = 0; i < kBlock; i += kLanes<float>) {
-    const Floats x = load(from.of + i);
-    Floats code;
-    if constexpr (kSigned) {
-      code = signed_code(x, factor);
-    } else {
-      code = unsigned_code(QuickFloats{x}, factor).of;
-      code = (x > 0) & (code < 1) ? Floats{} + 1 : code;
-    }
-    store_codes(made + i, nearest(code));
-  }
-  if (count < kBlock) __builtin_memcpy(codes, padded, static_cast<size_t>(count));
-}
-
-// ---- a block of all of a tensor's arrays ----
 
 // Parameters and gradients of float32 stay where they are, in whole blocks; all else is brought
 // into `Values`.
@@ -159,6 +44,11 @@ class Block {
       load_as_param(row, kGrad, begin, count, grad_);
       grad = grad_.of;
     }
+  }
+
+  // The scale of a state in 8 bits.
+  static float* scale_of(const int64_t* row, int s, int64_t begin) {
+    return address<float>(row, kScale0 + s) + begin / kBlock;
   }
 
   void store_states(const int64_t* row, int64_t begin, int64_t count) const {
@@ -222,11 +112,13 @@ class Block {
       case StateType::kBFloat16:
         return widen(address<BFloat16>(row, column) + begin, count, state[s]);
       case StateType::kInt8: {
-        const float scale = address<float>(row, kScale0 + s)[begin / kBlock];
-        if (Rule::is_signed(s)) {
-          return dequantize(address<int8_t>(row, column) + begin, scale, count, state[s]);
+        Codes copy;
+        const uint8_t* const codes = copy.at(address<uint8_t>(row, column) + begin, count);
+        const float scale = *scale_of(row, s, begin);
+        for (int64_t i = 0; i < kBlock; i += kLanes<float>) {
+          store(state[s].of + i, decoded(codes + i, scale, Rule::is_signed(s)));
         }
-        return dequantize(address<uint8_t>(row, column) + begin, scale, count, state[s]);
+        return;
       }
     }
   }
@@ -240,11 +132,16 @@ class Block {
       case StateType::kBFloat16:
         return narrow(state[s].of, count, address<BFloat16>(row, column) + begin);
       case StateType::kInt8: {
-        float* const scale = address<float>(row, kScale0 + s) + begin / kBlock;
-        if (Rule::is_signed(s)) {
-          return quantize(state[s], count, address<int8_t>(row, column) + begin, scale);
+        Values parts;
+        Words most = {};
+        for (int64_t i = 0; i < count; i += kLanes<float>) {
+          const Floats x = load(state[s].of + i);
+          most = larger_magnitude(most, x);
+          store(parts.of + i, coded_part(x, Rule::is_signed(s)));
         }
-        return quantize(state[s], count, address<uint8_t>(row, column) + begin, scale);
+        const float scale = *scale_of(row, s, begin) = largest_lane(most);
+        return encode_first(parts, count, codes_per_part(scale, Rule::is_signed(s)),
+                            Rule::is_signed(s), address<uint8_t>(row, column) + begin);
       }
     }
   }
@@ -254,31 +151,123 @@ class Block {
   Values param_, grad_;
 };
 
-EFFKERN_INLINE Floats floats(Floats x) { return x; }
-EFFKERN_INLINE Floats floats(QuickFloats x) { return x.of; }
-
-// V: Floats, or QuickFloats where states of 8 bits leave the time.
-template <class Rule, int kVariant, class V>
+template <class Rule, int kVariant>
 void update_block(Block<Rule>& block, int64_t count,
                   const typename Rule::template Scalars<float>& scalars) {
   for (int64_t i = 0; i < count; i += kLanes<float>) {
-    V param{load(block.param + i)}, grad{load(block.grad + i)}, state[kMostStates] = {};
+    Floats param = load(block.param + i), grad = load(block.grad + i), state[kMostStates] = {};
     if (block.factor != 1) grad = grad * block.factor;
     for (int s = 0; s < kMostStates; ++s) {
-      if (Rule::has_state(kVariant, s)) state[s] = V{load(block.state[s].of + i)};
+      if (Rule::has_state(kVariant, s)) state[s] = load(block.state[s].of + i);
     }
     Rule::template update<kVariant>(param, grad, state, scalars);
-    store(block.param + i, floats(param));
+    store(block.param + i, param);
     for (int s = 0; s < kMostStates; ++s) {
-      if (Rule::has_state(kVariant, s)) store(block.state[s].of + i, floats(state[s]));
+      if (Rule::has_state(kVariant, s)) store(block.state[s].of + i, state[s]);
     }
   }
-  // What a formula makes of the zeros behind the end must not be taken for values.
-  for (int s = 0; s < kMostStates; ++s) {
-    for (int64_t i = count; i < kBlock && Rule::has_state(kVariant, s); ++i)
-      block.state[s].of[i] = 0;
-  }
 }
+
+// The same where states are in 8 bits. Their values stay in registers. What codes are made of waits
+// in the first-level cache until the block's largest magnitudes are known, and until the next block
+// is updated: the update waits for roots and quotients, and the codes fill that time.
+template <class Rule, int kVariant>
+class CodedStates {
+ public:
+  void update(Block<Rule>& block, const int64_t* row, int64_t begin, int64_t count,
+              const typename Rule::template Scalars<float>& scalars) {
+    Waiting& next = sets_[1 - at_];
+    if (count < kBlock) {
+      finish();
+      update_set<false>(block, row, begin, count, scalars, next, next);
+      for (int s = 0; s < kMostStates; ++s) {
+        if (!Rule::has_state(kVariant, s)) continue;
+        encode_first(next.parts[s], count, next.factor[s], Rule::is_signed(s), next.codes[s]);
+      }
+      return;
+    }
+    if (waits_) {
+      update_set<true>(block, row, begin, count, scalars, next, sets_[at_]);
+    } else {
+      update_set<false>(block, row, begin, count, scalars, next, next);
+    }
+    at_ = 1 - at_;
+    waits_ = true;
+  }
+
+  // Stores the codes that still wait.
+  void finish() {
+    for (int64_t i = 0; i < kBlock && waits_; i += kCodes) encode_waiting(sets_[at_], i);
+    waits_ = false;
+  }
+
+ private:
+  // One block: of each state what its codes are made of, and where they go.
+  struct Waiting {
+    Values parts[kMostStates];
+    float factor[kMostStates];
+    uint8_t* codes[kMostStates];
+  };
+
+  EFFKERN_INLINE void encode_waiting(const Waiting& set, int64_t i) {
+    for (int s = 0; s < kMostStates; ++s) {
+      if (!Rule::has_state(kVariant, s)) continue;
+      encode(set.parts[s], i, set.factor[s], Rule::is_signed(s), set.codes[s]);
+    }
+  }
+
+  // Updates a block into `next`; where kEncodes, stores the codes of `last` meanwhile.
+  template <bool kEncodes>
+  void update_set(const Block<Rule>& block, const int64_t* row, int64_t begin, int64_t count,
+                  const typename Rule::template Scalars<float> scalars, Waiting& next,
+                  const Waiting& last) {
+    Codes copies[kMostStates];
+    const uint8_t* codes[kMostStates] = {};
+    float scale[kMostStates] = {};
+    for (int s = 0; s < kMostStates; ++s) {
+      if (!Rule::has_state(kVariant, s)) continue;
+      next.codes[s] = address<uint8_t>(row, kState0 + s) + begin;
+      codes[s] = copies[s].at(next.codes[s], count);
+      scale[s] = *block.scale_of(row, s, begin);
+    }
+    float* const params = block.param;
+    const float* const grads = block.grad;
+    const float factor = block.factor;
+    Words most[kMostStates] = {};
+    // `lanes` of the vector are values; behind them what a formula makes of zeros is none.
+    const auto update_vector = [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+      Floats param = load(params + i), grad = load(grads + i) * factor, state[kMostStates] = {};
+      for (int s = 0; s < kMostStates; ++s) {
+        if (!Rule::has_state(kVariant, s)) continue;
+        state[s] = decoded(codes[s] + i, scale[s], Rule::is_signed(s));
+      }
+      Rule::template update<kVariant>(param, grad, state, scalars);
+      store(params + i, param);
+      for (int s = 0; s < kMostStates; ++s) {
+        if (!Rule::has_state(kVariant, s)) continue;
+        store(next.parts[s].of + i, coded_part(state[s], Rule::is_signed(s)));
+        most[s] = larger_magnitude(most[s], first_lanes(state[s], lanes));
+      }
+    };
+    int64_t i = 0;
+    for (; i + kCodes <= count; i += kCodes) {
+      for (int64_t j = i; j < i + kCodes; j += kLanes<float>) update_vector(j, kLanes<float>);
+      if constexpr (kEncodes) encode_waiting(last, i);
+    }
+    for (; i < count; i += kLanes<float>) {
+      update_vector(i, count - i < kLanes<float> ? count - i : kLanes<float>);
+    }
+    for (int s = 0; s < kMostStates; ++s) {
+      if (!Rule::has_state(kVariant, s)) continue;
+      const float largest = *block.scale_of(row, s, begin) = largest_lane(most[s]);
+      next.factor[s] = codes_per_part(largest, Rule::is_signed(s));
+    }
+  }
+
+  Waiting sets_[2];
+  int at_ = 0;          // which set waits
+  bool waits_ = false;  // whether one does
+};
 
 // Calls body(row, begin, count) for each block of the elements [begin, end), counted through all
 // tensors; a block belongs to whoever has its first element.
@@ -302,18 +291,20 @@ template <class Rule, int kVariant>
 void mixed(const StepTask& task, const Rule& rule, int64_t begin, int64_t end) {
   ScalarsOf<Rule, float> scalars(task, rule);
   Block<Rule> block(task, rule);
+  CodedStates<Rule, kVariant> coded;
   for_each_block(task, begin, end, [&](const int64_t* row, int64_t from, int64_t count) {
     block.load_param(row, from, count);
     block.load_grad(row, from, count);
-    block.load_states(row, from, count);
     if (task.storage.state == StateType::kInt8) {
-      update_block<Rule, kVariant, QuickFloats>(block, count, scalars.at(row));
+      coded.update(block, row, from, count, scalars.at(row));
     } else {
-      update_block<Rule, kVariant, Floats>(block, count, scalars.at(row));
+      block.load_states(row, from, count);
+      update_block<Rule, kVariant>(block, count, scalars.at(row));
+      block.store_states(row, from, count);
     }
-    block.store_states(row, from, count);
     block.store_param(row, from, count, scalars.step());
   });
+  coded.finish();
 }
 
 template <class Rule, int kVariant = 0>

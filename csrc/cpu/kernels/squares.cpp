@@ -9,13 +9,15 @@ namespace {
 
 template <class T>
 double sum_of_squares(const T* x, int64_t count) {
-  SumOfSquares<T> sum;
-  int64_t i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) sum.add(load(x + i));
-  T tail[kLanes<T>] = {};
-  __builtin_memcpy(tail, x + i, static_cast<size_t>(count - i) * sizeof(T));
-  sum.add(load(tail));
-  return sum.total();
+  SumOfSquares<T> sums[4];
+  const int64_t quarter = count / (4 * kLanes<T>)*kLanes<T>;
+  for (int64_t i = 0; i < quarter; i += kLanes<T>) {
+    for (int q = 0; q < 4; ++q) sums[q].add(load(x + q * quarter + i));
+  }
+  int64_t i = 4 * quarter;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) sums[0].add(load(x + i));
+  sums[1].add(load_first(x + i, count - i));
+  return (sums[0].total() + sums[1].total()) + (sums[2].total() + sums[3].total());
 }
 
 template <class T>

@@ -172,14 +172,18 @@ template <class T>
 class SumOfSquares {
  public:
   EFFKERN_MEMBER void add(Vec<T> x) {
-    const Wide wide = __builtin_convertvector(x, Wide);
-    sum_ += wide * wide;
+    if constexpr (sizeof(Acc<T>) == sizeof(double)) {
+      low_ += x * x;
+    } else {
+      const auto [low, high] = widened(x);
+      low_ += low * low;
+      high_ += high * high;
+    }
   }
-  EFFKERN_MEMBER double total() const { return sum_lanes(sum_); }
+  EFFKERN_MEMBER double total() const { return sum_lanes(low_ + high_); }
 
  private:
-  using Wide = typename VectorOf<double, kLanes<T>* static_cast<int>(sizeof(double))>::Type;
-  Wide sum_ = {};
+  Doubles low_ = {}, high_ = {};
 };
 
 // Calls body(row, from, to, chunk) for the chunks [begin, end), counted through all tensors:

@@ -186,7 +186,8 @@ def lamb(
     exp_avg = beta1 * exp_avg + (1 - beta1) * g
     exp_avg_sq = exp_avg_sq * beta2 + (1 - beta2) * g * g
     exp_avg, exp_avg_sq = as_stored([exp_avg, exp_avg_sq])
-    r = exp_avg / (1 - beta1**t) / ((exp_avg_sq / (1 - beta2**t)).sqrt() + eps)
+    # The root first: the mean divided by its bias may be larger than a float.
+    r = exp_avg / (1 - beta1**t) / (exp_avg_sq.sqrt() / (1 - beta2**t) ** 0.5 + eps)
     if weight_decay != 0:
         r = r + weight_decay * p
     param_norm, norm = p.norm().item(), r.norm().item()

@@ -99,7 +99,7 @@ def adam_update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars, STATE
     grad = signed_and_decayed(grad, param, sign, l2)
     param = param * shrink
     exp_avg = exp_avg + (grad - exp_avg) * one_minus_beta1
-    exp_avg_sq = exp_avg_sq * beta2 + grad * grad * one_minus_beta2
+    exp_avg_sq = exp_avg_sq * beta2 + grad * one_minus_beta2 * grad
     second = exp_avg_sq
     if STATES & 4:
         max_exp_avg_sq = larger(max_exp_avg_sq, exp_avg_sq)
@@ -248,7 +248,7 @@ def rmsprop_update(param, grad, square_avg, buffer, grad_avg, scalars, STATES: t
     """RMSprop; its second state gives it momentum, its third makes it centred."""
     lr, alpha, one_minus_alpha, eps, momentum, l2, sign = scalars
     grad = signed_and_decayed(grad, param, sign, l2)
-    square_avg = square_avg * alpha + grad * grad * one_minus_alpha
+    square_avg = square_avg * alpha + grad * one_minus_alpha * grad
     second = square_avg
     if STATES & 4:
         grad_avg = grad_avg + (grad - grad_avg) * one_minus_alpha
@@ -290,9 +290,9 @@ def adadelta_update(param, grad, square_avg, acc_delta, state2, scalars, STATES:
     """Adadelta."""
     lr, rho, one_minus_rho, eps, l2, sign = scalars
     grad = signed_and_decayed(grad, param, sign, l2)
-    square_avg = square_avg * rho + grad * grad * one_minus_rho
+    square_avg = square_avg * rho + grad * one_minus_rho * grad
     delta = tl.sqrt(acc_delta + eps) / tl.sqrt(square_avg + eps) * grad
-    acc_delta = acc_delta * rho + delta * delta * one_minus_rho
+    acc_delta = acc_delta * rho + delta * one_minus_rho * delta
     return param - delta * lr, square_avg, acc_delta, state2
 
 
@@ -358,7 +358,7 @@ def lamb_advance(grad, exp_avg, exp_avg_sq, scalars):
     beta1, one_minus_beta1, beta2, one_minus_beta2, _, _, sign, _, _ = scalars
     grad = grad * sign
     exp_avg = exp_avg * beta1 + grad * one_minus_beta1
-    return exp_avg, exp_avg_sq * beta2 + grad * grad * one_minus_beta2
+    return exp_avg, exp_avg_sq * beta2 + grad * one_minus_beta2 * grad
 
 
 @triton.jit
