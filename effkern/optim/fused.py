@@ -14,7 +14,7 @@ from effkern.optim.calls import ListedCall
 from effkern.optim.checks import check_grad, check_param, check_state
 from effkern.optim.distributed import is_dtensor
 from effkern.optim.prepared import Prepared
-from effkern.optim.state import complete, exported, step_counter
+from effkern.optim.state import complete, export, keep_dtypes, step_counter
 from effkern.optim.storage import OPTIONS, asked_options
 from effkern.optim.traced import step_lists
 
@@ -92,13 +92,15 @@ class FusedOptimizer(Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
             steps = group.pop("step", None)  # Apex counts once for the group
-            for param in group["params"] if steps is not None else ():
-                if self.state.get(param):
-                    self.state[param].setdefault("step", steps)
-        for of_param in self.state.values():
-            # PyTorch before 1.12 kept step as a number, and so does Apex.
-            if isinstance(of_param.get("step"), (int, float)):
-                of_param["step"] = step_counter(of_param["step"])
+            for param in group["params"]:
+                of_param = self.state.get(param)
+                if not of_param:
+                    continue
+                if steps is not None:
+                    of_param.setdefault("step", steps)
+                # PyTorch before 1.12 kept step as a number, and so does Apex.
+                if isinstance(of_param.get("step"), (int, float)):
+                    of_param["step"] = step_counter(of_param["step"])
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, which `torch.distributed.checkpoint` can save.
@@ -106,25 +108,49 @@ class FusedOptimizer(Optimizer):
         States of DTensors that are stored in 8 bits stand there as float32 DTensors, without codes
         and scales of their own.
         """
-        state_dict = super().state_dict()
-        state_dict["state"] = exported(self, state_dict["state"])
-        return state_dict
+        # Before the hooks that see, and may replace, what is returned.
+        hook = self.register_state_dict_post_hook(export, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, of the class of torch.optim it stands for, or of Apex.
 
-        Masters and states keep the dtype they were saved in; the next step brings them to the one
-        that the options ask for.
+        Masters, and states that the options would have in another dtype than the parameter's, keep
+        the dtype they were saved in; the next step brings them to the one asked for.
+
+        Raises:
+            ValueError: if the groups are not of the same numbers of parameters.
+            RuntimeError: if a state does not fit its parameter, which it names. Nothing was loaded
+                then.
         """
-        super().load_state_dict(state_dict)
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for i, param in zip(ids, params, strict=True):
-            for key, value in state_dict["state"].get(i, {}).items():
-                loaded = self.state[param].get(key)
-                both = isinstance(value, Tensor) and isinstance(loaded, Tensor)
-                if both and key != "step" and loaded.dtype != value.dtype:
-                    self.state[param][key] = value.to(param.device)
+        before = dict(self.__dict__)
+        given: dict[str, Any] = {}
+
+        def note(_: Optimizer, adapted: dict[str, Any]) -> None:
+            given.update(adapted)
+
+        # Behind the hooks that may put another in the place of what was passed, and before those
+        # that see what was loaded.
+        hooks = (
+            self.register_load_state_dict_pre_hook(note),
+            self.register_load_state_dict_post_hook(
+                lambda _: keep_dtypes(self, given), prepend=True
+            ),
+        )
+        try:
+            super().load_state_dict(state_dict)
+            for group in self.param_groups:
+                for param in group["params"]:
+                    check_state(self, group, param, self._states(group))
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     # ---- what a rule says of itself ----
 
