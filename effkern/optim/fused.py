@@ -200,6 +200,10 @@ class FusedOptimizer(Optimizer):
         """Whether the kernel must know the number of the step though no state holds it."""
         return False
 
+    def _saved(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """What checkpoints and copies take of the state of ``param``."""
+        return state
+
     def _steps_taken(self, state: dict[str, Any]) -> float:
         """What a step counter begins with that is missing in a state that is there."""
         return 0.0

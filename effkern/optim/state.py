@@ -210,7 +210,7 @@ def _wanted(
 
 
 def export(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
-    """Bring the states of a state_dict in the form that loads on any number of processes.
+    """Bring the states of a state_dict in the form that loads in torch, on any number of processes.
 
     Those of DTensors in 8 bits become float32 DTensors, since blocks are cut within a shard;
     loaded, they become the same codes again where the shards are the same.
@@ -222,11 +222,15 @@ def export(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     params = [param for group in optimizer.param_groups for param in group["params"]]
     states = state_dict["state"] = dict(state_dict["state"])
     for i, param in enumerate(params):
-        if i not in states or not is_dtensor(param):
+        if i not in states:
             continue
-        states[i] = dict(states[i])
-        for codes in [key for key in states[i] if key == codes_key(key.removesuffix("_codes"))]:
-            _dequantize(states[i], codes.removesuffix("_codes"), param)
+        state = optimizer._saved(param, states.pop(i))
+        if is_dtensor(param):
+            state = dict(state)
+            for codes in [key for key in state if key == codes_key(key.removesuffix("_codes"))]:
+                _dequantize(state, codes.removesuffix("_codes"), param)
+        if state:
+            states[i] = state
 
 
 def keep_dtypes(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:

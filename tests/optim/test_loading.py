@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -118,6 +119,36 @@ def test_states_take_the_parameters_dtype_at_once(kind: type[Optimizer]) -> None
     optimizer.load_state_dict(saved)
     dtypes = {k: v.dtype for s in optimizer.state.values() for k, v in s.items() if k != "step"}
     assert set(dtypes.values()) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("way", "state_dtype"),
+    [("torch's class", None), *product(("deepcopy", "pickle", "state_dict"), (None, "int8"))],
+)
+def test_a_copy_after_a_skipped_first_step(way: str, state_dtype: Any) -> None:
+    """A GradScaler begins with such steps: the momentum buffer is still to begin as the gradient,
+    undampened."""
+    options = {"momentum": 0.9, "dampening": 0.5}
+    optimizer = effkern.FusedSGD([torch.zeros(3)], state_dtype=state_dtype, **options)
+    (param,) = optimizer.param_groups[0]["params"]
+    param.grad = torch.ones(3)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    optimizer.found_inf = None
+    other: Optimizer
+    if way == "deepcopy":
+        other = copy.deepcopy(optimizer)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(optimizer))
+    else:
+        kind = effkern.FusedSGD if way == "state_dict" else torch.optim.SGD
+        other = kind([torch.zeros(3)], **options)
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one in (other, optimizer):
+        (p,) = one.param_groups[0]["params"]
+        p.grad = torch.ones(3)
+        one.step()
+        torch.testing.assert_close(p, torch.full((3,), -1e-3), rtol=1e-2, atol=0.0)
 
 
 def first_state(state: dict[str, Any]) -> str:
