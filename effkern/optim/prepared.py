@@ -212,7 +212,7 @@ class Prepared:
             accepted: what `accept` gave.
         """
         keywords = [step_keywords(optimizer, call.group, call.device) for call in self._calls]
-        if optimizer.max_grad_norm is not None and self._calls:
+        if optimizer.max_grad_norm is not None:
             squares = self._squares()
             optimizer._keep_norm(squares)
             for call, arguments in zip(self._calls, keywords, strict=True):
@@ -225,6 +225,8 @@ class Prepared:
 
     def _squares(self) -> Tensor:
         """Sums of squares of gradients, on the first call's device; of all shards."""
+        if not self._calls:
+            return torch.zeros(1, dtype=torch.float64, device="cpu")
         together: dict[Any, list[_Call]] = {}
         for call in self._calls:
             together.setdefault((call.device, call.sharding), []).append(call)
