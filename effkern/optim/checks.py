@@ -29,10 +29,11 @@ def check_param(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> N
     """Refuse a parameter that the kernels cannot update.
 
     Raises:
-        RuntimeError: if its dtype is none of `DTYPES` and no complex of two of them, its layout is
-            not strided, its elements share memory, it is a view whose memory holds it negated or
-            conjugated, its states cannot be stored as its group asks, it is a subclass other than
-            DTensor that wraps other tensors, or a DTensor that is not yet summed up (Partial).
+        RuntimeError: if its dtype is none of `DTYPES` and no complex of two of them, it is on the
+            meta device, its layout is not strided, its elements share memory, it is a view whose
+            memory holds it negated or conjugated, its states cannot be stored as its group asks,
+            it is a subclass other than DTensor that wraps other tensors, or a DTensor that is not
+            yet summed up (Partial).
     """
     problem = ""
     whole, param = param, local_tensor(param)
@@ -41,6 +42,8 @@ def check_param(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> N
             "must be float32, float64, bfloat16, float16, complex64 or complex128, "
             f"got {param.dtype}"
         )
+    elif param.device.type == "meta":
+        problem = "must have memory, got a tensor on the meta device"
     elif param.layout != torch.strided:
         problem = f"must be a dense tensor, got layout {param.layout}"
     elif type(param) not in PLAIN and is_traceable_wrapper_subclass(param):

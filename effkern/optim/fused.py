@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import Optimizer
 
 from effkern.ops.step import RuleOps
@@ -276,6 +277,12 @@ class FusedOptimizer(Optimizer):
         redistributed: dict[Tensor, Tensor] = {}
         accepted = None if prepared is None else self._accept(prepared, redistributed)
         if prepared is None or accepted is None:
+            params = (p for group in self.param_groups for p in group["params"])
+            if any(isinstance(p, FakeTensor) for p in params):
+                # Nothing is computed: what estimates memory sees states and kernel calls.
+                for group in self.param_groups:
+                    self._step_traced(group)
+                return
             # What the old one keeps of tensors goes before new ones are made.
             prepared = self._prepared = None
             prepared = self._prepared = Prepared(self)

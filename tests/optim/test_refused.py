@@ -281,3 +281,21 @@ def test_a_captured_graph(monkeypatch: pytest.MonkeyPatch, capturable: bool) -> 
     assert optimizer._prepared is not None
     assert optimizer._prepared is not kept
     assert optimizer.state[param]["step"].item() == 2
+
+
+def test_a_parameter_without_memory() -> None:
+    """On the meta device; once it has memory, a step works."""
+    with torch.device("meta"):
+        module = torch.nn.Linear(2, 3)
+        for p in module.parameters():
+            p.grad = torch.ones_like(p)
+    optimizer = effkern.FusedAdamW(module.named_parameters())
+    with pytest.raises(RuntimeError, match="FusedAdamW: parameter 'weight' must have memory"):
+        optimizer.step()
+    assert not optimizer.state
+    module.to_empty(device="cpu")
+    optimizer = effkern.FusedAdamW(module.named_parameters())
+    for p in module.parameters():
+        torch.nn.init.zeros_(p).grad = torch.ones_like(p)
+    optimizer.step()
+    assert all((p < 0).all() for p in module.parameters())

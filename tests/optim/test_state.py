@@ -288,9 +288,11 @@ def test_a_state_of_apex_loads(as_tensor: bool) -> None:
         assert optimizer.state[a]["step"].item() == 5
 
 
-def test_apexs_options() -> None:
+@KINDS
+def test_apexs_options(kind: type[effkern.FusedAdam]) -> None:
     params = make_params()
-    optimizer = effkern.FusedAdam(params, bias_correction=False, set_grad_none=False, lr=0.1)
+    options = {"bias_correction": False, "set_grad_none": False, "weight_decay": 0.0}
+    optimizer = kind(params, lr=0.1, **options)
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
