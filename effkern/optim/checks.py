@@ -21,8 +21,10 @@ _WIDE = (torch.float64, *_COMPLEX)
 def name_of(group: dict[str, Any], param: Tensor) -> str:
     """How messages call ``param``: by its name where the group has names, else by its index."""
     index = next(i for i, p in enumerate(group["params"]) if p is param)
-    names = group.get("param_names")
-    return f"parameter {names[index]!r}" if names else f"parameter {index} of its group"
+    names = group.get("param_names") or ()  # fewer than parameters where a list was added to
+    return (
+        f"parameter {names[index]!r}" if index < len(names) else f"parameter {index} of its group"
+    )
 
 
 def check_param(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> None:

@@ -143,6 +143,16 @@ def test_names_of_parameters(backend: Backend) -> None:
         optimizer.step()
 
 
+def test_a_parameter_without_a_name_among_named_ones() -> None:
+    """Put into the group's list behind torch's back."""
+    optimizer = effkern.FusedSGD([("weight", torch.zeros(2))])
+    optimizer.param_groups[0]["params"].append(torch.zeros(2, dtype=torch.int64))
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="parameter 1 of its group must be float32"):
+        optimizer.step()
+
+
 def test_the_step_after_a_refused_one(backend: Backend) -> None:
     """The optimizer is as good as before."""
     optimizer, other = (make(backend, groups=3, steps=1) for _ in range(2))
