@@ -7,18 +7,24 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import Optimizer
 
 from effkern.ops.deferred import register
 from effkern.ops.step import RuleOps
 from effkern.optim.calls import ListedCall
-from effkern.optim.checks import check_grad
+from effkern.optim.checks import check_grad, check_state
 from effkern.optim.norm import LastNorm
 from effkern.optim.prepared import Prepared
 from effkern.optim.scaling import deferred_keywords
-from effkern.optim.state import exported, step_counter
+from effkern.optim.state import export, keep_dtypes, step_counter
 from effkern.optim.storage import asked_options, rounding_keys, storage_of
-from effkern.optim.traced import begin_tracing, prepare_traced, step_traced
+from effkern.optim.traced import (
+    begin_tracing,
+    is_changed_by_graph,
+    prepare_traced,
+    step_traced,
+)
 
 
 class FusedOptimizer(Optimizer):
@@ -96,13 +102,15 @@ class FusedOptimizer(Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
             steps = group.pop("step", None)  # Apex counts once for the group
-            for param in group["params"] if steps is not None else ():
-                if self.state.get(param):
-                    self.state[param].setdefault("step", steps)
-        for of_param in self.state.values():
-            # PyTorch before 1.12 kept step as a number, and so does Apex.
-            if isinstance(of_param.get("step"), (int, float)):
-                of_param["step"] = step_counter(of_param["step"])
+            for param in group["params"]:
+                of_param = self.state.get(param)
+                if not of_param:
+                    continue
+                if steps is not None:
+                    of_param.setdefault("step", steps)
+                # PyTorch before 1.12 kept step as a number, and so does Apex.
+                if isinstance(of_param.get("step"), (int, float)):
+                    of_param["step"] = step_counter(of_param["step"])
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, which `torch.distributed.checkpoint` can save.
@@ -110,25 +118,49 @@ class FusedOptimizer(Optimizer):
         States of DTensors that are stored in 8 bits stand there as float32 DTensors, without codes
         and scales of their own.
         """
-        state_dict = super().state_dict()
-        state_dict["state"] = exported(self, state_dict["state"])
-        return state_dict
+        # Before the hooks that see, and may replace, what is returned.
+        hook = self.register_state_dict_post_hook(export, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, of the class of torch.optim it stands for, or of Apex.
 
-        Masters and states keep the dtype they were saved in; the next step brings them to the one
-        that the options ask for.
+        Masters, and states that the options would have in another dtype than the parameter's, keep
+        the dtype they were saved in; the next step brings them to the one asked for.
+
+        Raises:
+            ValueError: if the groups are not of the same numbers of parameters.
+            RuntimeError: if a state does not fit its parameter, which it names. Nothing was loaded
+                then.
         """
-        super().load_state_dict(state_dict)
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for i, param in zip(ids, params, strict=True):
-            for key, value in state_dict["state"].get(i, {}).items():
-                loaded = self.state[param].get(key)
-                both = isinstance(value, Tensor) and isinstance(loaded, Tensor)
-                if both and key != "step" and loaded.dtype != value.dtype:
-                    self.state[param][key] = value.to(param.device)
+        before = dict(self.__dict__)
+        given: dict[str, Any] = {}
+
+        def note(_: Optimizer, adapted: dict[str, Any]) -> None:
+            given.update(adapted)
+
+        # Behind the hooks that may put another in the place of what was passed, and before those
+        # that see what was loaded.
+        hooks = (
+            self.register_load_state_dict_pre_hook(note),
+            self.register_load_state_dict_post_hook(
+                lambda _: keep_dtypes(self, given), prepend=True
+            ),
+        )
+        try:
+            super().load_state_dict(state_dict)
+            for group in self.param_groups:
+                for param in group["params"]:
+                    check_state(self, group, param, self._states(group))
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     # ---- what a rule says of itself ----
 
@@ -177,6 +209,10 @@ class FusedOptimizer(Optimizer):
     def _needs_steps(self, group: dict[str, Any]) -> bool:
         """Whether the kernel must know the number of the step though no state holds it."""
         return False
+
+    def _saved(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """What checkpoints and copies take of the state of ``param``."""
+        return state
 
     def _steps_taken(self, state: dict[str, Any]) -> float:
         """What a step counter begins with that is missing in a state that is there."""
@@ -246,6 +282,11 @@ class FusedOptimizer(Optimizer):
         redistributed: dict[Tensor, Tensor] = {}
         accepted = None if prepared is None else self._accept(prepared, redistributed)
         if prepared is None or accepted is None:
+            params = (p for group in self.param_groups for p in group["params"])
+            if any(isinstance(p, FakeTensor) for p in params):
+                # Nothing is computed: what estimates memory sees states and kernel calls.
+                step_traced(self)
+                return
             # What the old one keeps of tensors goes before new ones are made.
             prepared = self._prepared = None
             prepared = self._prepared = Prepared(self)
@@ -294,14 +335,18 @@ class FusedOptimizer(Optimizer):
     def _begin_tracing(self) -> bool:
         return begin_tracing(self)
 
+    def _is_changed_by_graph(self) -> bool:
+        return is_changed_by_graph(self)
+
     def _prepare_traced(
         self, which: tuple[tuple[int, ...], ...]
-    ) -> tuple[tuple[bool, ...], tuple[bool, ...]] | None:
+    ) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         return prepare_traced(self, which)
 
     # Dynamo calls these while it traces, beside the graph. `torch.compiler.assume_constant_result`
     # does the same, but loads Dynamo.
     _begin_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _is_changed_by_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
     _prepare_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _deferred(

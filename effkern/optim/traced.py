@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from effkern.backends import choice
 from effkern.optim.checks import check_param, check_state
@@ -31,7 +32,10 @@ _deferred_step_ = torch.ops.effkern._deferred_step_.default
 
 
 def step_traced(optimizer: FusedOptimizer) -> None:
-    """Update every parameter that has a gradient; none is a DTensor."""
+    """Update every parameter that has a gradient; none is a DTensor.
+
+    Of fake tensors this is the eager step too.
+    """
     groups = optimizer._groups
     for group in groups:
         for param in group["params"]:
@@ -40,11 +44,10 @@ def step_traced(optimizer: FusedOptimizer) -> None:
         tuple([i for i, param in enumerate(group["params"]) if param.grad is not None])
         for group in groups
     ]
-    prepared = optimizer._prepare_traced(tuple(which))
-    if prepared is None:
+    if torch.compiler.is_dynamo_compiling() and optimizer._is_changed_by_graph():
         torch._dynamo.graph_break(msg="the graph changes a parameter group before the step")
         return
-    apart, lr_tensors = prepared
+    apart, lr_tensors = optimizer._prepare_traced(tuple(which))
     calls = [
         call
         for number in range(len(groups))
@@ -82,9 +85,30 @@ def begin_tracing(optimizer: FusedOptimizer) -> bool:
     return True
 
 
+def is_changed_by_graph(optimizer: FusedOptimizer) -> bool:
+    """Whether the graph that is being traced has, before this, changed groups or states.
+
+    Dynamo makes such changes when the graph has run. Asked while it traces.
+
+    Raises:
+        RuntimeError: if the graph has changed ``max_grad_norm``, which Dynamo would forget.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    effects = InstructionTranslator.current_tx().output.side_effects
+    for variable, attributes in effects.store_attr_mutations.items():
+        if getattr(variable, "value", None) is optimizer and "max_grad_norm" in attributes:
+            raise RuntimeError("max_grad_norm cannot be changed inside a compiled function")
+    groups = optimizer.param_groups
+    params = [group["params"] for group in groups]
+    read = [groups, *groups, *params, optimizer.state, *optimizer.state.values()]
+    variables = [effects.id_to_variable.get(id(one)) for one in read]
+    return any(one is not None and effects.is_modified(one) for one in variables)
+
+
 def prepare_traced(
     optimizer: FusedOptimizer, which: tuple[tuple[int, ...], ...]
-) -> tuple[tuple[bool, ...], tuple[bool, ...]] | None:
+) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
     """While a step is traced, and beside the graph: check its tensors, and make what is missing.
 
     Args:
@@ -94,14 +118,11 @@ def prepare_traced(
     Returns:
         For each group whether its parameters or states share memory, and are updated one after
         another, and whether its learning rate is in a tensor (Dynamo would guard on a float before
-        it answered); None where the graph has changed what this reads or the kernels will.
+        it answered).
 
     Raises:
-        RuntimeError: if a parameter or state is refused, or the graph has changed
-            ``max_grad_norm``; nothing was changed.
+        RuntimeError: if a parameter or state is refused; nothing was changed.
     """
-    if _changed_in_graph(optimizer):
-        return None
     chosen = [
         (group, [group["params"][i] for i in some])
         for group, some in zip(optimizer.param_groups, which, strict=True)
@@ -116,28 +137,11 @@ def prepare_traced(
         new = [complete(optimizer, group, param, names) for param in params]
         optimizer._counters(group, params, new)
         values = [v for p in params for v in optimizer.state.get(p, {}).values()]
-        apart.append(share_memory([*params, *(v for v in values if isinstance(v, Tensor))]))
+        tensors = [*params, *(v for v in values if isinstance(v, Tensor))]
+        fake = any(isinstance(t, FakeTensor) for t in tensors)
+        apart.append(not fake and share_memory(tensors))
     lr_tensors = [isinstance(group["lr"], Tensor) for group, _ in chosen]
     return tuple(apart), tuple(lr_tensors)
-
-
-def _changed_in_graph(optimizer: FusedOptimizer) -> bool:
-    """Whether the graph that is being traced has, before this, changed groups or states.
-
-    Dynamo makes such changes when the graph has run.
-    """
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    effects = InstructionTranslator.current_tx().output.side_effects
-    for variable, attributes in effects.store_attr_mutations.items():
-        if getattr(variable, "value", None) is optimizer and "max_grad_norm" in attributes:
-            # Which Dynamo would forget.
-            raise RuntimeError("max_grad_norm cannot be changed inside a compiled function")
-    groups = optimizer.param_groups
-    params = [group["params"] for group in groups]
-    read = [groups, *groups, *params, optimizer.state, *optimizer.state.values()]
-    variables = [effects.id_to_variable.get(id(one)) for one in read]
-    return any(one is not None and effects.is_modified(one) for one in variables)
 
 
 @dataclass
