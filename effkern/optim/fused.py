@@ -266,6 +266,10 @@ class FusedOptimizer(Optimizer):
             self._step_outside()
         return loss
 
+    # torch's schedulers notice steps by wrapping this method, in what Dynamo does not trace. With
+    # this they leave it alone, and look for `_opt_called`.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
     def _counts_on_device(self, group: dict[str, Any]) -> bool:
         """Whether step counters stand beside the parameters rather than on the host."""
         return bool(group.get("capturable")) or self._scaling() != (None, None)
@@ -275,6 +279,7 @@ class FusedOptimizer(Optimizer):
         return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
 
     def _step_eagerly(self) -> None:
+        self._opt_called = True
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if capturing:
             self._check_capturable()

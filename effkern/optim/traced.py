@@ -79,6 +79,7 @@ def begin_tracing(optimizer: FusedOptimizer) -> bool:
     Raises:
         RuntimeError: if a gradient is refused.
     """
+    optimizer._opt_called = True  # what a graph sets on an optimizer, Dynamo drops
     if any(is_dtensor(param) for group in optimizer.param_groups for param in group["params"]):
         return False
     optimizer._check_grads()

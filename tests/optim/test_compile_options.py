@@ -81,6 +81,9 @@ class Pair:
             made.append(kind(groups, **copy.deepcopy(options)))
         self.eager, self.optimizer = made
         self.graphs = CompileCounterWithBackend(backend)
+        self.compile()
+
+    def compile(self) -> None:
         self.run = torch.compile(self.optimizer.step, fullgraph=True, backend=self.graphs)
 
     def params(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -158,6 +161,7 @@ def test_on_every_backend(backend: Backend) -> None:
 # ---- what changes between steps ----
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("kind", [effkern.FusedAdamW, effkern.FusedSGD])
 def test_a_scheduler_does_not_compile_anew(kind: type[Optimizer]) -> None:
     """The rate and, with it, the momentum change at every step."""
@@ -167,6 +171,7 @@ def test_a_scheduler_does_not_compile_anew(kind: type[Optimizer]) -> None:
         torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=20)
         for o in (pair.eager, pair.optimizer)
     ]
+    pair.compile()
     rates = set()
     for i in range(12):
         with torch._dynamo.config.patch(error_on_recompile=i > 0 and kind is effkern.FusedAdamW):
@@ -176,6 +181,14 @@ def test_a_scheduler_does_not_compile_anew(kind: type[Optimizer]) -> None:
             scheduler.step()
     assert len(rates) == 12
     assert pair.graphs.frame_count <= 3
+
+
+def test_a_scheduler_warns_where_no_step_was_taken() -> None:
+    optimizer = effkern.FusedAdamW([torch.zeros(3)])
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    with pytest.warns(UserWarning, match="before `optimizer.step"):
+        scheduler.step()
+    assert "step" not in vars(optimizer)  # not wrapped: Dynamo would not trace it
 
 
 def test_a_tensor_takes_the_place_of_a_float() -> None:
@@ -383,5 +396,5 @@ def test_a_copy_of_an_optimizer_reads_its_own_groups() -> None:
     pair.step()
     pair.optimizer = copy.deepcopy(pair.optimizer)
     pair.optimizer.param_groups[0]["lr"] = pair.eager.param_groups[0]["lr"] = 0.5
-    pair.run = torch.compile(pair.optimizer.step, fullgraph=True, backend=BACKEND)
+    pair.compile()
     pair.step()
