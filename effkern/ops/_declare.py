@@ -28,9 +28,20 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 declared: dict[str, tuple[str, Implementation, dict[str, Implementation]]] = {}
 
 
-def define(name: str, signature: str, fake: Implementation) -> None:
-    """Declare a schema and its fake kernel, with no implementation."""
-    library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
+def define(name: str, signature: str, fake: Implementation, *, in_cuda_graphs: bool = True) -> None:
+    """Declare a schema and its fake kernel, with no implementation.
+
+    Args:
+        name: without the namespace.
+        signature: the schema behind the name.
+        fake: as `declare` takes it.
+        in_cuda_graphs: whether Inductor may capture a call; not where it sends host memory that is
+            gone at the replay.
+    """
+    tags = [torch.Tag.pt2_compliant_tag]
+    if not in_cuda_graphs:
+        tags.append(torch.Tag.cudagraph_unsafe)
+    library.define(name + signature, tags=tags)
     torch.library.register_fake(f"effkern::{name}", fake, lib=library)
 
 
@@ -41,6 +52,7 @@ def declare(
     fake: Implementation,
     reference: Implementation | None,
     triton: Implementation,
+    in_cuda_graphs: bool = True,
 ) -> None:
     """Declare kernel op ``effkern::name``.
 
@@ -50,13 +62,14 @@ def declare(
         fake: gives outputs of the right shape, dtype and device without computing them.
         reference: the same in plain PyTorch, for any device; None for an op that has no such form.
         triton: the same in Triton, `imported_at_first_call`.
+        in_cuda_graphs: as `define` takes it.
     """
     implementations = {"triton": triton}
     if reference is not None:
         implementations["reference"] = reference
-    define(name, signature, fake)
+    define(name, signature, fake, in_cuda_graphs=in_cuda_graphs)
     for backend, implementation in implementations.items():
-        define(f"{name}.{backend}", signature, fake)
+        define(f"{name}.{backend}", signature, fake, in_cuda_graphs=in_cuda_graphs)
         library.impl(f"{name}.{backend}", implementation, "CompositeExplicitAutograd")
     declared[name] = (signature, fake, implementations)
 

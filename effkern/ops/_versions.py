@@ -16,9 +16,10 @@ def raise_versions(name: str) -> None:
     """Make ``effkern::name``, on every backend, raise the counters of the lists that it writes.
 
     Args:
-        name: an op that `declare` declared, whose mutable arguments are lists of tensors.
+        name: an op that `declare` or `define` declared, whose mutable arguments are lists of
+            tensors.
     """
-    for overload in ("default", *declared[name][2]):
+    for overload in ("default", *(declared[name][2] if name in declared else ())):
         op = getattr(getattr(torch.ops.effkern, name), overload)
         mutable = [
             i

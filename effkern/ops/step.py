@@ -1,10 +1,10 @@
 """The update rules' kernel ops: one step from lists of tensors, or by plan.
 
-``_adam_`` takes every tensor and raises the version counters of those it writes; torch.compile,
-opcheck and the reference backend use it. ``_adam_planned_`` takes a table of addresses that
-`effkern.optim.plan` keeps between steps and `effkern.ops.plan` puts the gradients in; what it
-writes is invisible to PyTorch, and its caller raises the version counters. All rules have both,
-with the keyword arguments
+``_adam_`` takes every tensor and raises the version counters of those it writes; compiled graphs
+(by way of `effkern.ops.deferred`), opcheck and the reference backend use it. ``_adam_planned_``
+takes a table of addresses that `effkern.optim.plan` keeps between steps and `effkern.ops.plan` puts
+the gradients in; what it writes is invisible to PyTorch, and its caller raises the version
+counters. All rules have both, with the keyword arguments
 
     lr, lr_tensor         the learning rate; from a one-element tensor where there is one
     grad_scale            what gradients were multiplied by: they are divided by it on the way
@@ -69,6 +69,7 @@ class RuleOps:
             fake=_nothing,
             reference=partial(reference.step_, name, self.states, self.signed),
             triton=partial(imported_at_first_call("effkern.backends.triton.step:step_"), name),
+            in_cuda_graphs=False,
         )
         declare(
             f"_{name}_planned_",
@@ -127,6 +128,7 @@ declare(
     fake=_nothing,
     reference=reference.squares_,
     triton=imported_at_first_call("effkern.backends.triton.squares:squares_"),
+    in_cuda_graphs=False,
 )
 declare(
     "_squares_planned_",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from effkern.ops import step as _ops
-from effkern.optim.arguments import check_lr, check_not_negative, checked_betas
+from effkern.optim.arguments import check_foreach, check_lr, check_not_negative, checked_betas
 from effkern.optim.fused import FusedOptimizer
 
 __all__ = ["FusedAdam", "FusedAdamW"]
@@ -36,7 +36,8 @@ class FusedAdam(FusedOptimizer):
         adam_w_mode: Apex's name of ``decoupled_weight_decay``; overrides it where given.
         bias_correction: Apex's: False uses the running means as they are.
         set_grad_none: Apex's: what ``zero_grad`` does without an argument; None is torch's way.
-        foreach, fused: accepted and ignored.
+        foreach, fused: accepted and ignored, but that ``foreach`` without ``capturable`` takes no
+            tensors as ``lr`` and ``betas``, as in torch.optim.
         differentiable: False; a step is not differentiable.
         master_weights: compute bfloat16 and float16 parameters in float32 copies in the state.
         state_dtype: None stores states in the parameter's dtype; or torch.float32,
@@ -76,6 +77,7 @@ class FusedAdam(FusedOptimizer):
         stochastic_rounding: bool = False,
         max_grad_norm: float | None = None,
     ) -> None:
+        check_foreach(lr, betas, foreach, capturable)
         check_lr(lr)
         check_not_negative("epsilon value", eps)
         betas = checked_betas(betas)
@@ -114,6 +116,9 @@ class FusedAdam(FusedOptimizer):
             set_to_none = getattr(self, "_set_grad_none", None) is not False
         super().zero_grad(set_to_none)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_set_grad_none": self._set_grad_none}
+
     def _states(self, group: dict[str, Any]) -> tuple[str | None, ...]:
         return "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else None
 
@@ -145,6 +150,8 @@ class FusedAdamW(FusedAdam):
         *,
         maximize: bool = False,
         capturable: bool = False,
+        bias_correction: bool = True,
+        set_grad_none: bool | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
@@ -163,6 +170,8 @@ class FusedAdamW(FusedAdam):
             decoupled_weight_decay=True,
             maximize=maximize,
             capturable=capturable,
+            bias_correction=bias_correction,
+            set_grad_none=set_grad_none,
             foreach=foreach,
             fused=fused,
             differentiable=differentiable,

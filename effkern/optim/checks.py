@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from effkern.backends.table import DTYPES
+from effkern.backends.table import DTYPES, QUANTIZED_BLOCK
 from effkern.optim.distributed import PLAIN, is_dtensor, local_tensor, same_layout
-from effkern.optim.storage import MASTER, codes_key
+from effkern.optim.storage import MASTER, codes_key, scales_key
 
 _COMPLEX = (torch.complex64, torch.complex128)
 _WIDE = (torch.float64, *_COMPLEX)
@@ -21,18 +21,21 @@ _WIDE = (torch.float64, *_COMPLEX)
 def name_of(group: dict[str, Any], param: Tensor) -> str:
     """How messages call ``param``: by its name where the group has names, else by its index."""
     index = next(i for i, p in enumerate(group["params"]) if p is param)
-    names = group.get("param_names")
-    return f"parameter {names[index]!r}" if names else f"parameter {index} of its group"
+    names = group.get("param_names") or ()  # fewer than parameters where a list was added to
+    return (
+        f"parameter {names[index]!r}" if index < len(names) else f"parameter {index} of its group"
+    )
 
 
 def check_param(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> None:
     """Refuse a parameter that the kernels cannot update.
 
     Raises:
-        RuntimeError: if its dtype is none of `DTYPES` and no complex of two of them, its layout is
-            not strided, its elements share memory, it is a view whose memory holds it negated or
-            conjugated, its states cannot be stored as its group asks, it is a subclass other than
-            DTensor that wraps other tensors, or a DTensor that is not yet summed up (Partial).
+        RuntimeError: if its dtype is none of `DTYPES` and no complex of two of them, it is on the
+            meta device, its layout is not strided, its elements share memory, it is a view whose
+            memory holds it negated or conjugated, its states cannot be stored as its group asks,
+            it is a subclass other than DTensor that wraps other tensors, or a DTensor that is not
+            yet summed up (Partial).
     """
     problem = ""
     whole, param = param, local_tensor(param)
@@ -41,6 +44,8 @@ def check_param(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> N
             "must be float32, float64, bfloat16, float16, complex64 or complex128, "
             f"got {param.dtype}"
         )
+    elif param.device.type == "meta":
+        problem = "must have memory, got a tensor on the meta device"
     elif param.layout != torch.strided:
         problem = f"must be a dense tensor, got layout {param.layout}"
     elif type(param) not in PLAIN and is_traceable_wrapper_subclass(param):
@@ -102,32 +107,42 @@ def check_state(
     """Refuse state, from a loaded state_dict say, that does not fit its parameter.
 
     Raises:
-        RuntimeError: if a state tensor has another shape than the parameter, or another mesh or
-            other placements, or the step counter is not one number.
+        RuntimeError: if a state tensor has another shape than the parameter, is not dense, or has
+            another mesh or other placements, codes of 8 bits are without the scales of their
+            blocks, or the step counter is not one number.
     """
     state = optimizer.state.get(param)
     if not state:
         return
-    shape = param.shape
-    for name in [*(name for name in names if name is not None), MASTER]:
+    if not isinstance(state, dict):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: the state of {name_of(group, param)} must be a dict, got "
+            f"{type(state).__name__}"
+        )
+    kept = [name for name in names if name is not None]
+    shapes = dict.fromkeys([*kept, MASTER], param.shape)
+    local = local_tensor(param)
+    in_eight_bits: dict[str, torch.Size] = {}
+    for name in kept:
+        if codes_key(name) in state:
+            blocks = torch.Size([-(-local.numel() // QUANTIZED_BLOCK)])
+            in_eight_bits |= {codes_key(name): local.shape, scales_key(name): blocks}
+    for name, shape in (shapes | in_eight_bits).items():
         value = state.get(name)
-        if value is not None and (not isinstance(value, Tensor) or value.shape != shape):
+        if value is None and name not in in_eight_bits:
+            continue
+        problem = ""
+        if not isinstance(value, Tensor) or value.shape != shape:
             has = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            problem = f"have shape {tuple(shape)}, got {has}"
+        elif value.layout != torch.strided:
+            problem = f"be a dense tensor, got layout {value.layout}"
+        elif name in shapes and not same_layout(value, param):
+            problem = f"be {_described(param)}, got {_described(value)}"
+        if problem:
             raise RuntimeError(
-                f"{type(optimizer).__name__}: state {name!r} of {name_of(group, param)} must have "
-                f"shape {tuple(shape)}, got {has}"
-            )
-        if value is not None and not same_layout(value, param):
-            raise RuntimeError(
-                f"{type(optimizer).__name__}: state {name!r} of {name_of(group, param)} must be "
-                f"{_described(param)}, got {_described(value)}"
-            )
-        codes, must = state.get(codes_key(name)), local_tensor(param).shape
-        if codes is not None and (not isinstance(codes, Tensor) or codes.shape != must):
-            has = tuple(codes.shape) if isinstance(codes, Tensor) else type(codes).__name__
-            raise RuntimeError(
-                f"{type(optimizer).__name__}: state {codes_key(name)!r} of "
-                f"{name_of(group, param)} must have shape {tuple(must)}, got {has}"
+                f"{type(optimizer).__name__}: state {name!r} of {name_of(group, param)} must "
+                f"{problem}"
             )
     step = state.get("step", 0)
     if not (isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1)):

@@ -73,6 +73,26 @@ def wrapped_like(local: Tensor, param: Tensor) -> Tensor:
     return made
 
 
+def replicated(value: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process has, as a DTensor of the mesh of ``like``, which is one."""
+    module = sys.modules["torch.distributed.tensor"]
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    made: Tensor = module.DTensor.from_local(
+        value, mesh, [module.Replicate()] * mesh.ndim, run_check=False
+    )
+    return made
+
+
+def summed_up(tensor: Tensor) -> Tensor:
+    """A DTensor of which no process has only an addend (Partial); another tensor itself."""
+    if not is_dtensor(tensor) or not any(p.is_partial() for p in tensor.placements):
+        return tensor
+    replicate = sys.modules["torch.distributed.tensor"].Replicate()
+    placements = [replicate if p.is_partial() else p for p in tensor.placements]
+    total: Tensor = tensor.redistribute(placements=placements)
+    return total
+
+
 def sharding_of(tensor: Tensor) -> Sharding | None:
     """How a tensor is sharded; None where every process has all of it."""
     if not is_dtensor(tensor):

@@ -7,16 +7,24 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import Optimizer
 
+from effkern.ops.deferred import register
 from effkern.ops.step import RuleOps
 from effkern.optim.calls import ListedCall
-from effkern.optim.checks import check_grad, check_param, check_state
-from effkern.optim.distributed import is_dtensor
+from effkern.optim.checks import check_grad, check_state
+from effkern.optim.norm import LastNorm
 from effkern.optim.prepared import Prepared
-from effkern.optim.state import complete, exported, step_counter
-from effkern.optim.storage import OPTIONS, asked_options
-from effkern.optim.traced import step_lists
+from effkern.optim.scaling import deferred_keywords
+from effkern.optim.state import export, keep_dtypes, step_counter
+from effkern.optim.storage import asked_options, rounding_keys, storage_of
+from effkern.optim.traced import (
+    begin_tracing,
+    is_changed_by_graph,
+    prepare_traced,
+    step_traced,
+)
 
 
 class FusedOptimizer(Optimizer):
@@ -31,9 +39,9 @@ class FusedOptimizer(Optimizer):
     processes (but not as a flattened one of `torch.distributed.checkpoint`). LAMB's norms and
     ``max_grad_norm`` are over all shards, which takes a collective in each step.
 
-    torch.compile takes a step into its graph; it runs beside the graph for DTensors, for complex
-    parameters, and with ``master_weights``, ``state_dtype``, ``stochastic_rounding`` or
-    ``max_grad_norm``.
+    torch.compile takes a step into its graph, whatever the options, and reads hyperparameters when
+    the graph runs: one that changes does not compile anew. A step of DTensors runs beside the
+    graph, which ``fullgraph=True`` refuses.
     """
 
     _rule: ClassVar[RuleOps]
@@ -78,7 +86,9 @@ class FusedOptimizer(Optimizer):
         self._rounding_seed: int | None = None
         self._steps: dict[Tensor, Tensor] = {}
         self._captured: list[Prepared] = []
-        self._last_norm: tuple[Tensor, Tensor | None] | None = None
+        self._last_norm = LastNorm()
+        if not hasattr(self, "_name"):
+            self._name = register(self)  # in compiled graphs, also after a state was loaded
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take along: clipping too, which stands in no group."""
@@ -92,13 +102,15 @@ class FusedOptimizer(Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
             steps = group.pop("step", None)  # Apex counts once for the group
-            for param in group["params"] if steps is not None else ():
-                if self.state.get(param):
-                    self.state[param].setdefault("step", steps)
-        for of_param in self.state.values():
-            # PyTorch before 1.12 kept step as a number, and so does Apex.
-            if isinstance(of_param.get("step"), (int, float)):
-                of_param["step"] = step_counter(of_param["step"])
+            for param in group["params"]:
+                of_param = self.state.get(param)
+                if not of_param:
+                    continue
+                if steps is not None:
+                    of_param.setdefault("step", steps)
+                # PyTorch before 1.12 kept step as a number, and so does Apex.
+                if isinstance(of_param.get("step"), (int, float)):
+                    of_param["step"] = step_counter(of_param["step"])
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, which `torch.distributed.checkpoint` can save.
@@ -106,25 +118,49 @@ class FusedOptimizer(Optimizer):
         States of DTensors that are stored in 8 bits stand there as float32 DTensors, without codes
         and scales of their own.
         """
-        state_dict = super().state_dict()
-        state_dict["state"] = exported(self, state_dict["state"])
-        return state_dict
+        # Before the hooks that see, and may replace, what is returned.
+        hook = self.register_state_dict_post_hook(export, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, of the class of torch.optim it stands for, or of Apex.
 
-        Masters and states keep the dtype they were saved in; the next step brings them to the one
-        that the options ask for.
+        Masters, and states that the options would have in another dtype than the parameter's, keep
+        the dtype they were saved in; the next step brings them to the one asked for.
+
+        Raises:
+            ValueError: if the groups are not of the same numbers of parameters.
+            RuntimeError: if a state does not fit its parameter, which it names. Nothing was loaded
+                then.
         """
-        super().load_state_dict(state_dict)
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for i, param in zip(ids, params, strict=True):
-            for key, value in state_dict["state"].get(i, {}).items():
-                loaded = self.state[param].get(key)
-                both = isinstance(value, Tensor) and isinstance(loaded, Tensor)
-                if both and key != "step" and loaded.dtype != value.dtype:
-                    self.state[param][key] = value.to(param.device)
+        before = dict(self.__dict__)
+        given: dict[str, Any] = {}
+
+        def note(_: Optimizer, adapted: dict[str, Any]) -> None:
+            given.update(adapted)
+
+        # Behind the hooks that may put another in the place of what was passed, and before those
+        # that see what was loaded.
+        hooks = (
+            self.register_load_state_dict_pre_hook(note),
+            self.register_load_state_dict_post_hook(
+                lambda _: keep_dtypes(self, given), prepend=True
+            ),
+        )
+        try:
+            super().load_state_dict(state_dict)
+            for group in self.param_groups:
+                for param in group["params"]:
+                    check_state(self, group, param, self._states(group))
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     # ---- what a rule says of itself ----
 
@@ -174,6 +210,10 @@ class FusedOptimizer(Optimizer):
         """Whether the kernel must know the number of the step though no state holds it."""
         return False
 
+    def _saved(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """What checkpoints and copies take of the state of ``param``."""
+        return state
+
     def _steps_taken(self, state: dict[str, Any]) -> float:
         """What a step counter begins with that is missing in a state that is there."""
         return 0.0
@@ -189,18 +229,15 @@ class FusedOptimizer(Optimizer):
         Raises:
             AttributeError: if there was no such step.
         """
-        if self._last_norm is None:
+        norm = self._last_norm.value()
+        if norm is None:
             raise AttributeError("last_grad_norm is there after a step with max_grad_norm")
-        squares, scale = self._last_norm
-        norm = squares.sum().sqrt()
-        if scale is not None:
-            norm = norm / scale
         params = (p for group in self.param_groups for p in group["params"])
         wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
         return norm if wide else norm.float()
 
     def _keep_norm(self, squares: Tensor) -> None:
-        self._last_norm = (squares, self._scaling()[0])
+        self._last_norm.keep(squares, self._scaling()[0])
 
     # ---- the step ----
 
@@ -223,12 +260,15 @@ class FusedOptimizer(Optimizer):
                 loss = closure()
         if not torch.compiler.is_compiling():
             self._step_eagerly()
-        elif not self._is_traceable():
-            self._step_outside()
+        elif self._begin_tracing():
+            step_traced(self)
         else:
-            for group in self.param_groups:
-                self._step_traced(group)
+            self._step_outside()
         return loss
+
+    # torch's schedulers notice steps by wrapping this method, in what Dynamo does not trace. With
+    # this they leave it alone, and look for `_opt_called`.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def _counts_on_device(self, group: dict[str, Any]) -> bool:
         """Whether step counters stand beside the parameters rather than on the host."""
@@ -239,6 +279,7 @@ class FusedOptimizer(Optimizer):
         return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
 
     def _step_eagerly(self) -> None:
+        self._opt_called = True
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if capturing:
             self._check_capturable()
@@ -246,6 +287,11 @@ class FusedOptimizer(Optimizer):
         redistributed: dict[Tensor, Tensor] = {}
         accepted = None if prepared is None else self._accept(prepared, redistributed)
         if prepared is None or accepted is None:
+            params = (p for group in self.param_groups for p in group["params"])
+            if any(isinstance(p, FakeTensor) for p in params):
+                # Nothing is computed: what estimates memory sees states and kernel calls.
+                step_traced(self)
+                return
             # What the old one keeps of tensors goes before new ones are made.
             prepared = self._prepared = None
             prepared = self._prepared = Prepared(self)
@@ -258,16 +304,7 @@ class FusedOptimizer(Optimizer):
             self._prepared = None
         prepared.run(self, accepted)
 
-    def _is_traceable(self) -> bool:
-        """Whether a compiled graph can hold the step."""
-        params = (p for group in self.param_groups for p in group["params"])
-        return (
-            self.max_grad_norm is None
-            and not any(group.get(option) for group in self.param_groups for option in OPTIONS)
-            and not any(p.is_complex() or is_dtensor(p) for p in params)
-        )
-
-    # Where torch.compile cannot hold the step in its graph.
+    # Beside a graph, which cannot hold a step of DTensors.
     _step_outside = torch._disable_dynamo(_step_eagerly)
 
     def _accept(
@@ -294,44 +331,38 @@ class FusedOptimizer(Optimizer):
 
     # ---- the compiled step ----
 
-    def _init_group(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        steps: list[Tensor],
-        *states: list[Tensor],
-    ) -> None:
-        """Fill the lists with every parameter that has a gradient, its gradient and its state.
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        """``param_groups`` under another name: by that one Dynamo guards on every number in it."""
+        groups: list[dict[str, Any]] = self.__dict__["param_groups"]
+        return groups
 
-        Dynamo knows this method by its name: it runs it once, outside the graph, and takes what it
-        lists as inputs of the graph.
-        """
-        names = self._states(group)
-        chosen = [param for param in group["params"] if param.grad is not None]
-        for param in chosen:
-            check_param(self, group, param)
-            check_grad(self, group, param, param.grad)
-            check_state(self, group, param, names)
-        new = [complete(self, group, param, names) for param in chosen]
-        params += chosen
-        grads += [param.grad for param in chosen]
-        steps += self._counters(group, chosen, new)
-        for name, tensors in zip(names, states, strict=True):
-            if name is not None:
-                tensors += [self.state[param][name] for param in chosen]
+    def _begin_tracing(self) -> bool:
+        return begin_tracing(self)
 
-    # Under another name Dynamo traces it like any method: slower to compile, but it may then
-    # follow a backward in the same graph.
-    _init_group_in_graph = _init_group
+    def _is_changed_by_graph(self) -> bool:
+        return is_changed_by_graph(self)
 
-    def _step_traced(self, group: dict[str, Any]) -> None:
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        steps: list[Tensor] = []
-        states: list[list[Tensor]] = [[] for _ in self._states(group)]
-        if getattr(torch._dynamo.config, "trace_autograd_ops", False):
-            self._init_group_in_graph(group, params, grads, steps, *states)
-        else:
-            self._init_group(group, params, grads, steps, *states)
-        step_lists(self, group, params, grads, steps, states)
+    def _prepare_traced(
+        self, which: tuple[tuple[int, ...], ...]
+    ) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        return prepare_traced(self, which)
+
+    # Dynamo calls these while it traces, beside the graph. `torch.compiler.assume_constant_result`
+    # does the same, but loads Dynamo.
+    _begin_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _is_changed_by_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _prepare_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _deferred(
+        self, group: int, which: Sequence[int], tensors: dict[str, Tensor | None]
+    ) -> tuple[list[bool], list[int], dict[str, Any]]:
+        """As `effkern.ops.deferred.Stepper._deferred`."""
+        asked = self.param_groups[group]
+        params = [asked["params"][i] for i in which]
+        stochastic = storage_of(asked, params[0]).stochastic
+        return (
+            [name is not None for name in self._states(asked)],
+            rounding_keys(self, params) if stochastic else [],
+            deferred_keywords(self, asked, tensors),
+        )

@@ -20,9 +20,9 @@ from effkern.optim.distributed import (
     local_gradient,
     local_tensor,
     sharding_of,
-    total_over_shards,
 )
 from effkern.optim.layout import share_memory
+from effkern.optim.norm import squares_of
 from effkern.optim.scaling import step_keywords
 from effkern.optim.state import complete, create
 from effkern.optim.storage import (
@@ -212,8 +212,8 @@ class Prepared:
             accepted: what `accept` gave.
         """
         keywords = [step_keywords(optimizer, call.group, call.device) for call in self._calls]
-        if optimizer.max_grad_norm is not None and self._calls:
-            squares = self._squares()
+        if optimizer.max_grad_norm is not None:
+            squares = squares_of(self._calls)
             optimizer._keep_norm(squares)
             for call, arguments in zip(self._calls, keywords, strict=True):
                 arguments["squares"] = squares.to(call.device, non_blocking=True)
@@ -222,21 +222,6 @@ class Prepared:
         torch.autograd.graph.increment_version(self._versioned)
         for call, grads, arguments in zip(self._calls, accepted, keywords, strict=True):
             call.kernel.run(grads, arguments)
-
-    def _squares(self) -> Tensor:
-        """Sums of squares of gradients, on the first call's device; of all shards."""
-        together: dict[Any, list[_Call]] = {}
-        for call in self._calls:
-            together.setdefault((call.device, call.sharding), []).append(call)
-        sums = []
-        for (device, sharding), calls in together.items():
-            of_calls = torch.zeros(len(calls), dtype=torch.float64, device=device)
-            for place, call in enumerate(calls):
-                call.kernel.squares(of_calls, place)
-            # How many calls there are depends on where tensors lie; not so how many sums.
-            sums.append(of_calls if sharding is None else of_calls.sum(0, keepdim=True))
-        sums = total_over_shards(sums, [sharding for _, sharding in together])
-        return torch.cat([one.to(sums[0].device, non_blocking=True) for one in sums])
 
 
 @dataclass
@@ -251,6 +236,10 @@ class _Call:
     sharding: Sharding | None
     group: dict[str, Any]
     which: list[int]
+
+    def put_squares(self, squares: Tensor, place: int) -> None:
+        """As `effkern.optim.norm.Part.put_squares`."""
+        self.kernel.squares(squares, place)
 
 
 def _calls(

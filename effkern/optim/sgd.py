@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -86,6 +87,19 @@ class FusedSGD(FusedOptimizer):
             stochastic_rounding=stochastic_rounding,
             max_grad_norm=max_grad_norm,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        taken = super().__getstate__()
+        if not all(self._steps.values()):
+            saved = {param: self._saved(param, state) for param, state in self.state.items()}
+            taken["state"] = defaultdict(dict, saved)
+        return taken
+
+    def _saved(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        # Without the buffer of a first step that was skipped: it is still to begin as the gradient.
+        if self._steps.get(param, 1):
+            return state
+        return {k: value for k, value in state.items() if not k.startswith("momentum_buffer")}
 
     def _states(self, group: dict[str, Any]) -> tuple[str | None, ...]:
         return ("momentum_buffer" if group["momentum"] != 0 else None,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -208,24 +209,47 @@ def _wanted(
     return wanted
 
 
-def exported(optimizer: FusedOptimizer, packed: dict[int, dict[str, Any]]) -> dict[int, Any]:
-    """The states of a state_dict as they can be saved and loaded on any number of processes.
+def export(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
+    """Bring the states of a state_dict in the form that loads in torch, on any number of processes.
 
     Those of DTensors in 8 bits become float32 DTensors, since blocks are cut within a shard;
     loaded, they become the same codes again where the shards are the same.
 
     Args:
-        optimizer: whose states they are.
-        packed: its states by the parameters' numbers; not changed.
+        optimizer: whose state_dict it is.
+        state_dict: with states by the parameters' numbers; these are not changed, but replaced.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    sharded = {i: param for i, param in enumerate(params) if i in packed and is_dtensor(param)}
-    states: dict[int, Any] = dict(packed)
-    for i, param in sharded.items():
-        states[i] = dict(packed[i])
-        for codes in [key for key in packed[i] if key == codes_key(key.removesuffix("_codes"))]:
-            _dequantize(states[i], codes.removesuffix("_codes"), param)
-    return states
+    states = state_dict["state"] = dict(state_dict["state"])
+    for i, param in enumerate(params):
+        if i not in states:
+            continue
+        state = optimizer._saved(param, states.pop(i))
+        if is_dtensor(param):
+            state = dict(state)
+            for codes in [key for key in state if key == codes_key(key.removesuffix("_codes"))]:
+                _dequantize(state, codes.removesuffix("_codes"), param)
+        if state:
+            states[i] = state
+
+
+def keep_dtypes(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
+    """Undo that `Optimizer.load_state_dict` cast what is not stored in the parameters' dtypes.
+
+    Args:
+        optimizer: which has just loaded ``state_dict``; its states are changed in place.
+        state_dict: as it was loaded.
+    """
+    saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    for group in optimizer.param_groups:
+        for param, i in zip(group["params"], saved, strict=False):
+            as_param = storage_of(group, param).as_param
+            cast = optimizer._states(group) if as_param else ()
+            for key, value in state_dict["state"].get(i, {}).items():
+                loaded = optimizer.state[param].get(key)
+                both = isinstance(value, Tensor) and isinstance(loaded, Tensor)
+                if both and key not in ("step", *cast) and loaded.dtype != value.dtype:
+                    optimizer.state[param][key] = value.to(param.device)
 
 
 def _recode(

@@ -233,3 +233,25 @@ def _compiled() -> None:
 
 def test_a_step_under_compile(two: Processes) -> None:
     two.run(_compiled)
+
+
+def _compiled() -> None:
+    """A graph cannot hold the step: it runs beside it."""
+    values, how = [torch.randn(5, 2), torch.randn(3)], (mesh(1), [Shard(0)])
+    mine, theirs = (parameters(values, [how, how]) for _ in range(2))
+    optimizer, eager = (effkern.FusedAdamW(p, max_grad_norm=0.5) for p in (mine, theirs))
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    for _ in range(2):
+        for p, q, value in zip(mine, theirs, values, strict=True):
+            p.grad, q.grad = distributed(value, how), distributed(value, how)
+        step()
+        eager.step()
+        _assert_equal(mine, theirs, rtol=0, atol=0)
+        assert torch.equal(optimizer.last_grad_norm, eager.last_grad_norm)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")()
+
+
+def test_a_compiled_step(two: Processes) -> None:
+    two.run(_compiled)

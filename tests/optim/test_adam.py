@@ -318,6 +318,29 @@ def test_apexs_name_of_decoupled_decay() -> None:
     assert optimizer.param_groups[0]["decoupled_weight_decay"] is True
 
 
+def test_tensors_for_numbers_are_taken_as_torch_takes_them() -> None:
+    one = torch.tensor(0.9)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"lr": one, "foreach": True}, "lr as a Tensor is not supported for capturable=False"),
+        (
+            {"betas": (one, one), "foreach": True},
+            r"betas\[0\] as a Tensor is not supported for capturable=False and foreach=True",
+        ),
+        ({"betas": (0.9, one)}, "betas must be either both floats or both Tensors"),
+        ({"betas": (one, 0.9)}, "betas must be either both floats or both Tensors"),
+    ]
+    for kind in ADAMS:
+        for options, message in refused:
+            for made in (kind, TORCH_TWIN[kind]):
+                with pytest.raises(ValueError, match=message):
+                    made([torch.zeros(1)], **options)
+        with pytest.raises(ValueError, match=r"Tensor betas\[1\] must be 1-element"):
+            kind([torch.zeros(1)], betas=(one, torch.ones(2)))
+        for capturable in (False, True):
+            kind([torch.zeros(1)], lr=one, betas=(one, one[None]), capturable=capturable)
+        kind([torch.zeros(1)], lr=one, betas=(one, one), capturable=True, foreach=True)
+
+
 def test_foreach_and_fused_are_accepted() -> None:
     twins = Twins(some_params())
     twins.optimizer = effkern.FusedAdamW(twins.mine, foreach=True, fused=True)

@@ -59,6 +59,18 @@ def test_the_norm_is_of_all_groups_and_dtypes(backend: Backend) -> None:
         torch.testing.assert_close(twins.optimizer.last_grad_norm.cpu(), norm)
 
 
+def test_the_norm_of_no_gradients() -> None:
+    """As torch's function has it, not that of an earlier step."""
+    optimizer = effkern.FusedAdamW([torch.zeros(3)], max_grad_norm=1.0)
+    (param,) = optimizer.param_groups[0]["params"]
+    for grad in (None, torch.ones(3), None):
+        param.grad = grad
+        optimizer.step()
+        norm = optimizer.last_grad_norm
+        assert norm.shape == ()
+        assert norm == torch.nn.utils.get_total_norm([] if grad is None else [grad])
+
+
 @pytest.mark.parametrize("scale", [1.0, 16.0])
 def test_with_a_gradient_scale(backend: Backend, scale: float) -> None:
     """The norm that counts is that of the gradients without their scale."""

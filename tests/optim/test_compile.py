@@ -95,12 +95,12 @@ def test_eager_and_compiled_steps_take_turns() -> None:
 
 
 def test_a_float_learning_rate_may_change() -> None:
-    """Each value is compiled in, as in torch.optim."""
     twins = Twins(shapes())
     compiled = Compiled(twins)
-    for lr in (0.1, 0.2, 0.1):
+    for lr in (0.1, 0.2, 0.3, 0.1):
         twins.both(lambda optimizer, lr=lr: optimizer.param_groups[0].update(lr=lr))
         compiled.step()
+    assert compiled.graphs.frame_count == 1
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
@@ -161,47 +161,6 @@ def test_what_is_refused_eagerly_is_refused_compiled() -> None:
     assert not optimizer.state
 
 
-def train(step_of: Callable[[Any], Any], made: Any = effkern.FusedAdamW) -> list[Tensor]:
-    """Three steps of a small model; ``step_of`` turns the function of a step into what is run."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-    optimizer = made(model.parameters(), lr=0.05)
-
-    def step(x: Tensor) -> Tensor:
-        loss = model(x).square().mean()
-        loss.backward()
-        optimizer.step()
-        for p in model.parameters():  # Dynamo traces no zero_grad
-            p.grad = None
-        return loss.detach()
-
-    run = step_of(step)
-    losses = [run(torch.randn(4, 6)) for _ in range(3)]
-    return [*losses, *(p.detach() for p in model.parameters())]
-
-
-def test_the_default_compile_of_a_training_step() -> None:
-    """Dynamo breaks the graph at the call of backward."""
-    expected = train(lambda step: step)
-    torch.testing.assert_close(train(lambda step: torch.compile(step, backend=BACKEND)), expected)
-    torch.testing.assert_close(train(lambda step: step, torch.optim.AdamW), expected)
-
-
-@pytest.mark.skipif(
-    not hasattr(torch._dynamo.config, "trace_autograd_ops"),
-    reason="this PyTorch traces no backward",
-)
-@pytest.mark.parametrize("eager_steps", [0, 1])
-def test_a_whole_training_step_in_one_graph(eager_steps: int) -> None:
-    def compiled(step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        whole = torch.compile(step, fullgraph=True, backend=BACKEND)
-        steps = iter([step] * eager_steps)
-        return lambda x: next(steps, whole)(x)
-
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
-        torch.testing.assert_close(train(compiled), train(lambda step: step))
-
-
 #: Options that reach every state a rule may keep.
 EVERY_RULE: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (effkern.FusedSGD, {}),
@@ -242,39 +201,8 @@ def test_every_rule_with_its_learning_rate_in_a_tensor(
     assert compiled.graphs.frame_count == 1
 
 
-def test_complex_parameters_are_updated_beside_the_graph() -> None:
+def test_complex_parameters() -> None:
     params = [torch.randn(4, dtype=torch.complex64), torch.randn(3, 2, dtype=torch.complex64).t()]
-    twins = Twins(params, eps=1e-3)
-    step = torch.compile(twins.optimizer.step, backend=BACKEND)
+    compiled = Compiled(Twins(params, eps=1e-3))
     for _ in range(3):
-        twins.new_grads()
-        step()
-        twins.twin.step()
-        twins.check()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"state_dtype": "int8"},
-        {"master_weights": True, "state_dtype": torch.float32},
-        {"stochastic_rounding": True},
-        {"max_grad_norm": 0.5},
-    ],
-    ids=str,
-)
-def test_storage_and_clipping(options: dict[str, Any]) -> None:
-    """Compiled and eager steps of the same optimizer are the same steps."""
-
-    def train(compiled: bool) -> list[Tensor]:
-        torch.manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(s).bfloat16()) for s in ((30, 10), (7,))]
-        optimizer = effkern.FusedAdamW(params, lr=0.01, **options)
-        step = torch.compile(optimizer.step, backend=BACKEND) if compiled else optimizer.step
-        for _ in range(3):
-            for p in params:
-                p.grad = torch.randn_like(p)
-            step()
-        return [p.detach() for p in params]
-
-    assert all(map(torch.equal, train(compiled=True), train(compiled=False)))
+        compiled.step()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 import effkern
@@ -356,6 +357,29 @@ def test_a_step_writes_nothing_but_its_own(kind: type[Optimizer]) -> None:
     optimizer.step()
     assert all(torch.equal(p.grad, g) for p, g in zip(params, grads, strict=True))
     assert all(p.is_leaf and p.requires_grad for p in params)
+
+
+@KINDS
+def test_fake_tensors(kind: type[Optimizer]) -> None:
+    """As what estimates a training's memory runs it: states as a real step makes them."""
+    with FakeTensorMode():
+        params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), ())]
+        optimizer = kind(params, **FLAGS[kind][-1])
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+    real = [torch.nn.Parameter(torch.zeros(p.shape)) for p in params]
+    other = kind(real, **FLAGS[kind][-1])
+    for p in real:
+        p.grad = torch.ones_like(p)
+    other.step()
+    for fake, p in zip(params, real, strict=True):
+        mine, theirs = (
+            {k: (v.shape, v.dtype) for k, v in one.items()}
+            for one in (optimizer.state.get(fake, {}), other.state.get(p, {}))
+        )
+        assert mine == theirs
 
 
 @KINDS

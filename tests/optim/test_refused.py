@@ -143,6 +143,16 @@ def test_names_of_parameters(backend: Backend) -> None:
         optimizer.step()
 
 
+def test_a_parameter_without_a_name_among_named_ones() -> None:
+    """Put into the group's list behind torch's back."""
+    optimizer = effkern.FusedSGD([("weight", torch.zeros(2))])
+    optimizer.param_groups[0]["params"].append(torch.zeros(2, dtype=torch.int64))
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="parameter 1 of its group must be float32"):
+        optimizer.step()
+
+
 def test_the_step_after_a_refused_one(backend: Backend) -> None:
     """The optimizer is as good as before."""
     optimizer, other = (make(backend, groups=3, steps=1) for _ in range(2))
@@ -281,3 +291,21 @@ def test_a_captured_graph(monkeypatch: pytest.MonkeyPatch, capturable: bool) -> 
     assert optimizer._prepared is not None
     assert optimizer._prepared is not kept
     assert optimizer.state[param]["step"].item() == 2
+
+
+def test_a_parameter_without_memory() -> None:
+    """On the meta device; once it has memory, a step works."""
+    with torch.device("meta"):
+        module = torch.nn.Linear(2, 3)
+        for p in module.parameters():
+            p.grad = torch.ones_like(p)
+    optimizer = effkern.FusedAdamW(module.named_parameters())
+    with pytest.raises(RuntimeError, match="FusedAdamW: parameter 'weight' must have memory"):
+        optimizer.step()
+    assert not optimizer.state
+    module.to_empty(device="cpu")
+    optimizer = effkern.FusedAdamW(module.named_parameters())
+    for p in module.parameters():
+        torch.nn.init.zeros_(p).grad = torch.ones_like(p)
+    optimizer.step()
+    assert all((p < 0).all() for p in module.parameters())

@@ -288,16 +288,23 @@ def test_a_state_of_apex_loads(as_tensor: bool) -> None:
         assert optimizer.state[a]["step"].item() == 5
 
 
-def test_apexs_options() -> None:
+@KINDS
+def test_apexs_options(kind: type[effkern.FusedAdam]) -> None:
     params = make_params()
-    optimizer = effkern.FusedAdam(params, bias_correction=False, set_grad_none=False, lr=0.1)
+    options = {"bias_correction": False, "set_grad_none": False, "weight_decay": 0.0}
+    optimizer = kind(params, lr=0.1, **options)
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
     # m = 0.1, v = 0.001, as they are.
     for p, before in zip(params, make_params(), strict=True):
         torch.testing.assert_close(before - p, torch.full_like(p, 0.1 * 0.1 / 0.001**0.5))
+    other = copy.deepcopy(optimizer)
     optimizer.zero_grad()
     assert all(p.grad is not None and not p.grad.any() for p in params)
+    for p in other.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    other.zero_grad()
+    assert all(p.grad is not None for p in other.param_groups[0]["params"])
     optimizer.zero_grad(set_to_none=True)
     assert all(p.grad is None for p in params)
