@@ -32,9 +32,8 @@ RowChunks norm_chunks(int64_t rows) {
 void norm_backward(const NormBackward& args, void* partial, ParallelFor parallel_for) {
   const NormKernels& kernels = kernels_of(args.norm);
   if (args.sums() == 0) {
-    in_threads(
-        parallel_for, args.rows, grain_of_rows(args.features),
-        [&](int64_t begin, int64_t end) { kernels.backward(args, 1, nullptr, begin, end); });
+    in_threads(parallel_for, args.rows, grain_of_rows(args.features),
+               [&](int64_t begin, int64_t end) { kernels.backward(args, 1, nullptr, begin, end); });
     return;
   }
   const RowChunks chunks = norm_chunks(args.rows);

@@ -17,11 +17,24 @@ struct LayerNorm {
     sums.second += deviation;
   }
   template <class S>
-  EFFKERN_INLINE NormRow<S> kept(NormSums<S> sums, S origin, int64_t features, S eps) {
+  EFFKERN_INLINE S mean(NormSums<S> sums, S origin, int64_t features) {
+    return origin + sums.second / static_cast<S>(features);
+  }
+  template <class S>
+  EFFKERN_INLINE S variance(NormSums<S> sums, int64_t features) {
     const S shift = sums.second / static_cast<S>(features);
-    const S variance = sums.first / static_cast<S>(features) - shift * shift;
-    // Where all features are alike, rounding may leave it below zero.
-    return {origin + shift, S(1) / square_root(larger(variance, S(0)) + eps)};
+    return sums.first / static_cast<S>(features) - shift * shift;
+  }
+  // Whether that difference cancels more than half of what it is taken of.
+  template <class S>
+  EFFKERN_INLINE bool is_far(NormSums<S> sums, int64_t features) {
+    return sums.first / static_cast<S>(features) > 2 * variance(sums, features);
+  }
+  template <class S>
+  EFFKERN_INLINE NormRow<S> kept(NormSums<S> sums, S origin, int64_t features, S eps) {
+    // Where all features are alike, rounding may leave the variance below zero.
+    const S positive = larger(variance(sums, features), S(0));
+    return {mean(sums, origin, features), S(1) / square_root(positive + eps)};
   }
   template <class V, class S>
   EFFKERN_INLINE V normalised(V x, NormRow<S> row) {

@@ -3,8 +3,9 @@
 //
 //   kNumbers        how many numbers of a row are kept for its backward pass: rstd, or another
 //                   (mean or sum) before it
-//   kHasOrigin      the forward pass takes its sums about an origin, a number near the row's mean:
-//                   the mean of its first kOriginFeatures features or more
+//   kHasOrigin      the forward pass takes its sums about an origin, a number near the row's mean;
+//                   `is_far` says from the sums whether it was not near enough, and `mean` where to
+//                   take them anew
 //   kHasBias        there may be a bias
 //   kForwardSums    how many sums over a row the forward pass takes, and the backward pass
 //   kBackwardSums
@@ -21,10 +22,9 @@
 
 namespace effkern {
 
-// With the mean of so many features for its origin, a row of n has a sum of squares at most
-// 1 + n / 1,024 times the one about its mean, whatever the values are: that much of the precision
-// is lost at most, and next to nothing where the first features are like the others.
-constexpr int64_t kOriginFeatures = 1024;
+// A pass over memory takes the mean of a row's first features for its origin: so many at least, or
+// all.
+constexpr int64_t kOriginFeatures = 64;
 
 // Sums over a row; a formula with one leaves `second` alone.
 template <class V>

@@ -175,7 +175,8 @@ inline NormGradients call_norm_backward(Norm norm, const Tensor& grad,
   p.grad_weight = wants_weight ? out.weight.mutable_data_ptr() : nullptr;
   p.grad_bias = wants_bias ? out.bias.mutable_data_ptr() : nullptr;
   run(static_cast<const NormBackward&>(p), device);
-  for (Tensor* gradient : {wants_weight ? &out.weight : nullptr, wants_bias ? &out.bias : nullptr}) {
+  for (Tensor* gradient :
+       {wants_weight ? &out.weight : nullptr, wants_bias ? &out.bias : nullptr}) {
     if (gradient && dtype_of(*weight, "weight") != p.weight_dtype) {
       *gradient = torch::stable::to(*gradient, weight->scalar_type());
     }
@@ -227,10 +228,12 @@ struct NormOps<Norm::kLayer, kForward, kBackward> {
         call_norm_forward(Norm::kLayer, x, &residual, weight, bias, dims, eps, kForward);
     return {std::move(out.y), *std::move(out.total), std::move(out.statistics)};
   }
-  static std::tuple<Tensor, Tensor, Tensor> backward(
-      const Tensor& grad, const OptionalTensor& grad_total, const Tensor& x,
-      const OptionalTensor& weight, const Tensor& statistics, int64_t dims, bool wants_x,
-      bool wants_weight, bool wants_bias) {
+  static std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad,
+                                                     const OptionalTensor& grad_total,
+                                                     const Tensor& x, const OptionalTensor& weight,
+                                                     const Tensor& statistics, int64_t dims,
+                                                     bool wants_x, bool wants_weight,
+                                                     bool wants_bias) {
     NormGradients out = call_norm_backward(Norm::kLayer, grad, grad_total, x, weight, statistics,
                                            dims, wants_x, wants_weight, wants_bias, kBackward);
     return {std::move(out.x), std::move(out.weight), std::move(out.bias)};
@@ -240,12 +243,12 @@ struct NormOps<Norm::kLayer, kForward, kBackward> {
 }  // namespace effkern
 
 // Registers the ops of one norm with the library `m`. Overload: what stands behind their names.
-#define EFFKERN_REGISTER_NORM(m, name, kNorm, kForward, kBackward, overload)                     \
-  using name##_ops = effkern::NormOps<kNorm, kForward, kBackward>;                               \
-  m.impl("_" #name "_forward" overload, TORCH_BOX(&name##_ops::forward));                        \
-  m.impl("_add_" #name "_forward" overload, TORCH_BOX(&name##_ops::add_forward));                \
+#define EFFKERN_REGISTER_NORM(m, name, kNorm, kForward, kBackward, overload)      \
+  using name##_ops = effkern::NormOps<kNorm, kForward, kBackward>;                \
+  m.impl("_" #name "_forward" overload, TORCH_BOX(&name##_ops::forward));         \
+  m.impl("_add_" #name "_forward" overload, TORCH_BOX(&name##_ops::add_forward)); \
   m.impl("_" #name "_backward" overload, TORCH_BOX(&name##_ops::backward))
-#define EFFKERN_REGISTER_NORMS(m, kForward, kBackward, overload)                                 \
-  EFFKERN_REGISTER_NORM(m, rms_norm, effkern::Norm::kRms, kForward, kBackward, overload);        \
-  EFFKERN_REGISTER_NORM(m, crms_norm, effkern::Norm::kCrms, kForward, kBackward, overload);      \
+#define EFFKERN_REGISTER_NORMS(m, kForward, kBackward, overload)                            \
+  EFFKERN_REGISTER_NORM(m, rms_norm, effkern::Norm::kRms, kForward, kBackward, overload);   \
+  EFFKERN_REGISTER_NORM(m, crms_norm, effkern::Norm::kCrms, kForward, kBackward, overload); \
   EFFKERN_REGISTER_NORM(m, layer_norm, effkern::Norm::kLayer, kForward, kBackward, overload)

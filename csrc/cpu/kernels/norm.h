@@ -1,6 +1,6 @@
-// Norms of rows, a row at a time: the first pass over a row brings it into the nearest cache and the
-// others find it there, so each byte of memory is read once and written once. What the .cpp file of
-// a formula instantiates. cpu/kernels/isa.h must come first.
+// Norms of rows, a row at a time: the first pass over a row brings it into the nearest cache and
+// the others find it there, so each byte of memory is read once and written once. What the .cpp
+// file of a formula instantiates. cpu/kernels/isa.h must come first.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -31,11 +31,6 @@ EFFKERN_INLINE void for_each_vector(int64_t features, const Body& body) {
   }
   for (; i + kStep <= features; i += kStep) body(i, kStep, 0);
   if (i < features) body(i, features - i, 1);
-}
-
-template <class V>
-EFFKERN_INLINE auto sum_slots(const V (&slots)[kSlots]) {
-  return sum_lanes((slots[0] + slots[1]) + (slots[2] + slots[3]));
 }
 
 // Whether an output of contiguous rows is to be written past the caches. All vectors are then whole
@@ -75,14 +70,26 @@ EFFKERN_INLINE V weighted(V v, const W* weight, int64_t i, int64_t count) {
 }
 
 template <class V>
-EFFKERN_INLINE auto sum_slots(const NormSums<V> (&slots)[kSlots]) {
-  V first[kSlots], second[kSlots];
-  for (int slot = 0; slot < kSlots; ++slot) {
-    first[slot] = slots[slot].first;
-    second[slot] = slots[slot].second;
+EFFKERN_INLINE NormSums<V> merged(const NormSums<V>& a, const NormSums<V>& b) {
+  return {a.first + b.first, a.second + b.second};
+}
+
+// The sums over a row, where add(sums, i, count) adds the vector at `i` to some of them. They are
+// taken of a block at a time: beside one value far larger than the others, or after very many, a
+// sum that goes on has no digits left for more.
+template <class T, class Add>
+EFFKERN_INLINE NormSums<Acc<T>> sums_over(int64_t features, const Add& add) {
+  constexpr int64_t kBlock = 1024;
+  NormSums<Vec<T>> all = {};
+  for (int64_t block = 0; block < features; block += kBlock) {
+    NormSums<Vec<T>> slots[kSlots] = {};
+    const int64_t left = features - block;
+    for_each_vector<T>(left < kBlock ? left : kBlock,
+                       [&](int64_t i, int64_t count, int slot)
+                           EFFKERN_LAMBDA { add(slots[slot], block + i, count); });
+    all = merged(all, merged(merged(slots[0], slots[1]), merged(slots[2], slots[3])));
   }
-  using S = decltype(sum_slots(first));
-  return NormSums<S>{sum_slots(first), sum_slots(second)};
+  return {sum_lanes(all.first), sum_lanes(all.second)};
 }
 
 // The features at `i` of a normalised row, with weight and bias.
@@ -130,21 +137,28 @@ void forward_rows(const NormForward& args, int64_t begin, int64_t end) {
     S origin = 0;
     if constexpr (N::kHasOrigin) {
       const int64_t first = features < kOriginFeatures ? features : kOriginFeatures;
-      Vec<T> slots[kSlots] = {};
-      for_each_vector<T>(first, [&](int64_t i, int64_t count, int slot) EFFKERN_LAMBDA {
-        slots[slot] += total_at(i, count);
-      });
-      origin = sum_slots(slots) / static_cast<S>(first);
+      Vec<T> sum = {};
+      for_each_vector<T>(
+          first, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA { sum += total_at(i, count); });
+      origin = sum_lanes(sum) / static_cast<S>(first);
     }
-    NormSums<Vec<T>> sums[kSlots] = {};
-    for_each_vector<T>(features, [&](int64_t i, int64_t count, int slot) EFFKERN_LAMBDA {
-      Vec<T> v = total_at(i, count);
-      // Past the end of the row stand zeros; at the origin they add nothing.
-      if constexpr (N::kHasOrigin) v = count == kLanes<T> ? v : with_rest<T>(v, count, origin);
-      N::add_forward(sums[slot], v, origin);
-    });
-    const NormRow<S> numbers =
-        N::kept(sum_slots(sums), origin, features, static_cast<S>(args.eps));
+    const auto sums_about = [&](S origin) EFFKERN_LAMBDA {
+      const auto add = [&](NormSums<Vec<T>>& sums, int64_t i, int64_t count) EFFKERN_LAMBDA {
+        Vec<T> v = total_at(i, count);
+        // Past the end of the row stand zeros; at the origin they add nothing.
+        if constexpr (N::kHasOrigin) v = count == kLanes<T> ? v : with_rest<T>(v, count, origin);
+        N::add_forward(sums, v, origin);
+      };
+      return sums_over<T>(features, add);
+    };
+    NormSums<S> sums = sums_about(origin);
+    if constexpr (N::kHasOrigin) {
+      if (N::is_far(sums, features)) {
+        origin = N::mean(sums, origin, features);
+        sums = sums_about(origin);
+      }
+    }
+    const NormRow<S> numbers = N::kept(sums, origin, features, static_cast<S>(args.eps));
     keep<N>(args.statistics, args.rows, row, numbers);
 
     T* const y = static_cast<T*>(args.y) + row * features;
@@ -173,10 +187,9 @@ void backward_rows(const NormBackward& args, Acc<T>* share, int64_t begin, int64
     const T* const x = static_cast<const T*>(args.x) + row_offset(args.x_rows, row);
     const NormRow<S> numbers = kept_of<N, S>(args.statistics, args.rows, row);
 
-    NormSums<Vec<T>> sums[kSlots] = {};
-    for_each_vector<T>(features, [&](int64_t i, int64_t count, int slot) EFFKERN_LAMBDA {
+    const auto add = [&](NormSums<Vec<T>>& sums, int64_t i, int64_t count) EFFKERN_LAMBDA {
       const Vec<T> g = load_some(grad + i, count), v = load_some(x + i, count);
-      N::add_backward(sums[slot], weighted(g, weight, i, count), v, numbers);
+      N::add_backward(sums, weighted(g, weight, i, count), v, numbers);
       if constexpr (kSums >= 1) {
         S* const p = share + i;
         store_some(p, load_some(p, count) + g * N::normalised(v, numbers), count);
@@ -185,10 +198,11 @@ void backward_rows(const NormBackward& args, Acc<T>* share, int64_t begin, int64
         S* const p = share + features + i;
         store_some(p, load_some(p, count) + g, count);
       }
-    });
+    };
+    const NormSums<S> sums = sums_over<T>(features, add);
     if (!args.grad_x) continue;
 
-    const NormProjection<S> projection = N::projection(sum_slots(sums), numbers, features);
+    const NormProjection<S> projection = N::projection(sums, numbers, features);
     T* const grad_x = static_cast<T*>(args.grad_x) + row * features;
     const T* grad_total = nullptr;
     if constexpr (kGradTotal) {
