@@ -236,9 +236,7 @@ class AddNormFunction(torch.autograd.Function):
         if grad is None:
             grad_x, gradients = grad_total, [None] * len(wants)
         else:
-            grad_x, *gradients = _gradients(
-                ctx, grad, grad_total, needs_x or needs_residual, wants
-            )
+            grad_x, *gradients = _gradients(ctx, grad, grad_total, needs_x or needs_residual, wants)
         x, residual = grad_x if needs_x else None, grad_x if needs_residual else None
         return None, None, None, x, residual, *gradients
 
@@ -261,6 +259,4 @@ def _gradients(
         )
     else:
         found = kernel(grad, grad_total, x, weight, statistics, dims, wants_x, *wants)
-    return [
-        each if wanted else None for each, wanted in zip(found, (wants_x, *wants), strict=True)
-    ]
+    return [each if wanted else None for each, wanted in zip(found, (wants_x, *wants), strict=True)]

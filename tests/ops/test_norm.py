@@ -255,9 +255,7 @@ def layouts(device: str) -> dict[str, Tensor]:
 def test_layouts(backend: Backend, norm: Norm, layout: str) -> None:
     x = layouts(backend.device)[layout]
     features = x.shape[-1]
-    parameters = [
-        p[::2] for p in norm.random_parameters((2 * features,), device=backend.device)
-    ]
+    parameters = [p[::2] for p in norm.random_parameters((2 * features,), device=backend.device)]
     residual = layouts(backend.device)[layout]
     grad = torch.randn(x.shape, device=backend.device)
     check(norm, x, *parameters, residual=residual, grad=grad)
@@ -363,9 +361,7 @@ def test_the_parameters_gradients_are_reproducible(backend: Backend, norm: Norm)
     """Bit for bit, whatever the number of threads."""
     x = torch.randn(300 if backend.slow else 3000, 72, device=backend.device)
     g = torch.randn_like(x)
-    parameters = [
-        p.requires_grad_() for p in norm.random_parameters((72,), device=backend.device)
-    ]
+    parameters = [p.requires_grad_() for p in norm.random_parameters((72,), device=backend.device)]
 
     def gradients() -> tuple[Tensor, ...]:
         a = x.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""RMSNorm as PyTorch's machinery meets it: autograd, opcheck, torch.compile, torch.func, export."""
+"""The norms as PyTorch's machinery meets them: autograd, opcheck, torch.compile, torch.func, export."""
 
 from __future__ import annotations
 
@@ -6,90 +6,132 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import effkern
 from effkern.nn.functional import rms_norm
 from tests.support.backends import Backend
+from tests.support.norms import CRMS, LAYER, RMS, Norm, every_norm
 
 
-def arguments(requires_grad: bool = True, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    x, r = (torch.randn(3, 2, 7, dtype=dtype) for _ in range(2))
-    w = torch.rand(7, dtype=dtype) + 0.5
-    return [t.requires_grad_(requires_grad) for t in (x, r, w)]
+def arguments(
+    norm: Norm, requires_grad: bool = True, dtype: torch.dtype = torch.float64, device: str = "cpu"
+) -> list[Tensor]:
+    """X, a residual, and parameters of the last dimension."""
+    x, r = (torch.randn(3, 2, 7, dtype=dtype, device=device) for _ in range(2))
+    tensors = [x, r, *norm.random_parameters((7,), dtype=dtype, device=device)]
+    return [t.requires_grad_(requires_grad) for t in tensors]
 
 
-def test_gradcheck(backend: Backend) -> None:
-    x, r, w = (t.to(backend.device) for t in arguments())
-    assert torch.autograd.gradcheck(lambda a, b: rms_norm(a, (7,), b, 1e-3), (x, w))
-    assert torch.autograd.gradcheck(lambda a: rms_norm(a, (2, 7), None, 1e-3), (x,))
-    assert torch.autograd.gradcheck(
-        lambda a, b, c: rms_norm(a, (7,), c, 1e-3, residual=b), (x, r, w)
-    )
+def plain(norm: Norm) -> Any:
+    """A function of x and the parameters."""
+    return lambda x, *parameters: norm(x, *parameters, eps=1e-3)
 
 
-def test_second_derivatives(backend: Backend) -> None:
-    x, r, w = (t.to(backend.device) for t in arguments())
-    assert torch.autograd.gradgradcheck(lambda a, b: rms_norm(a, (7,), b, 1e-3), (x, w))
-    assert torch.autograd.gradgradcheck(
-        lambda a, b, c: rms_norm(a, (7,), c, 1e-3, residual=b), (x, r, w)
-    )
+def with_residual(norm: Norm) -> Any:
+    """A function of x, a residual and the parameters, with two results."""
+    return lambda x, r, *parameters: norm(x, *parameters, eps=1e-3, residual=r)
 
 
-def test_public_ops_differentiate_too() -> None:
-    x, r, w = arguments()
-    ops = torch.ops.effkern
-    assert torch.autograd.gradcheck(lambda a, b: ops.rms_norm(a, (7,), b, 1e-3), (x, w))
-    assert torch.autograd.gradgradcheck(lambda a, b: ops.rms_norm(a, (7,), b, 1e-3), (x, w))
-    assert torch.autograd.gradcheck(
-        lambda a, b, c: ops.add_rms_norm(a, b, (7,), c, 1e-3), (x, r, w)
-    )
+def eager(norm: Norm) -> Any:
+    """What `plain` is, in stock PyTorch."""
+    return lambda x, *parameters: norm.eager(x, 1, parameters, 1e-3)
+
+
+@every_norm
+def test_gradcheck(backend: Backend, norm: Norm) -> None:
+    x, r, *parameters = arguments(norm, device=backend.device)
+    assert torch.autograd.gradcheck(plain(norm), (x, *parameters))
+    assert torch.autograd.gradcheck(with_residual(norm), (x, r, *parameters))
+    if norm.many_dims:
+        assert torch.autograd.gradcheck(lambda a: norm(a, dims=2, eps=1e-3), (x,))
+
+
+@every_norm
+def test_second_derivatives(backend: Backend, norm: Norm) -> None:
+    x, r, *parameters = arguments(norm, device=backend.device)
+    assert torch.autograd.gradgradcheck(plain(norm), (x, *parameters))
+    assert torch.autograd.gradgradcheck(with_residual(norm), (x, r, *parameters))
+
+
+def public(norm: Norm, add: bool = False) -> Any:
+    """The public op as `plain` is, or as `with_residual`."""
+    op = getattr(torch.ops.effkern, f"add_{norm.name}" if add else norm.name)
+    shape = [(7,)] if norm.many_dims else []
+    if add:
+        return lambda x, r, *parameters: op(x, r, *shape, *parameters, 1e-3)
+    return lambda x, *parameters: op(x, *shape, *parameters, 1e-3)
+
+
+@every_norm
+def test_public_ops_differentiate_too(norm: Norm) -> None:
+    x, r, *parameters = arguments(norm)
+    assert torch.autograd.gradcheck(public(norm), (x, *parameters))
+    assert torch.autograd.gradgradcheck(public(norm), (x, *parameters))
+    assert torch.autograd.gradcheck(public(norm, add=True), (x, r, *parameters))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("overload", ["default", "reference"])
-def test_opcheck_kernels(dtype: torch.dtype, overload: str) -> None:
-    x, r, w = arguments(requires_grad=False, dtype=dtype)
-    forward = getattr(torch.ops.effkern._rms_norm_forward, overload)
-    add_forward = getattr(torch.ops.effkern._add_rms_norm_forward, overload)
-    backward = getattr(torch.ops.effkern._rms_norm_backward, overload)
-    for residual, weight, dims in ((None, None, 1), (r, w, 1), (r, None, 2), (None, w.float(), 1)):
+@every_norm
+def test_opcheck_kernels(norm: Norm, dtype: torch.dtype, overload: str) -> None:
+    x, r, *parameters = arguments(norm, requires_grad=False, dtype=dtype)
+    forward, add_forward, backward = (
+        norm.op(kind, overload) for kind in ("forward", "add_forward", "backward")
+    )
+    none, wide = [None] * len(parameters), [p.float() for p in parameters]
+    many = 2 if norm.many_dims else 1
+    for residual, given, dims in (
+        (None, none, 1),
+        (r, parameters, 1),
+        (r, none, many),
+        (None, wide, 1),
+    ):
         inner = x
         if residual is None:
-            torch.library.opcheck(forward, (x, weight, dims, 1e-5))
-            _, rstd = forward(x, weight, dims, 1e-5)
+            torch.library.opcheck(forward, (x, *given, dims, 1e-5))
+            _, kept = forward(x, *given, dims, 1e-5)
         else:
-            torch.library.opcheck(add_forward, (x, residual, weight, dims, 1e-5))
-            _, inner, rstd = add_forward(x, residual, weight, dims, 1e-5)
-        for wants in ((True, False), (False, weight is not None), (True, weight is not None)):
-            torch.library.opcheck(backward, (r, residual, inner, weight, rstd, dims, *wants))
+            torch.library.opcheck(add_forward, (x, residual, *given, dims, 1e-5))
+            _, inner, kept = add_forward(x, residual, *given, dims, 1e-5)
+        there = given[0] is not None
+        wanted = [(True, *[False] * len(given)), (False, *[there] * len(given))]
+        wanted += [(True, there, *[False] * (len(given) - 1)), (True, *[there] * len(given))]
+        for wants in wanted:
+            torch.library.opcheck(backward, (r, residual, inner, given[0], kept, dims, *wants))
     empty = torch.empty(0, 7, dtype=dtype)
-    torch.library.opcheck(forward, (empty, w, 1, 1e-5))
-    torch.library.opcheck(add_forward, (x.transpose(0, 1), r.transpose(0, 1), w, 1, 1e-5))
+    torch.library.opcheck(forward, (empty, *parameters, 1, 1e-5))
+    swapped = x.transpose(0, 1), r.transpose(0, 1)
+    torch.library.opcheck(add_forward, (*swapped, *parameters, 1, 1e-5))
 
 
-def test_opcheck_public_ops() -> None:
-    x, r, w = arguments(dtype=torch.float32)
-    torch.library.opcheck(torch.ops.effkern.rms_norm.default, (x, (7,), w, 1e-5))
-    torch.library.opcheck(torch.ops.effkern.rms_norm.default, (x, (2, 7)))
-    torch.library.opcheck(torch.ops.effkern.add_rms_norm.default, (x, r, (7,), w, None))
+@every_norm
+def test_opcheck_public_ops(norm: Norm) -> None:
+    x, r, *parameters = arguments(norm, dtype=torch.float32)
+    op, add = (getattr(torch.ops.effkern, name).default for name in (norm.name, f"add_{norm.name}"))
+    shape = [(7,)] if norm.many_dims else []
+    torch.library.opcheck(op, (x, *shape, *parameters, 1e-5))
+    torch.library.opcheck(add, (x, r, *shape, *parameters, 1e-5))
+    if norm.many_dims:
+        torch.library.opcheck(op, (x, (2, 7)))
 
 
-def test_a_saved_tensor_changed_in_place_is_noticed() -> None:
-    x, r, w = arguments(dtype=torch.float32)
-    y, total = rms_norm(x, (7,), w, residual=r)
+@every_norm
+def test_a_saved_tensor_changed_in_place_is_noticed(norm: Norm) -> None:
+    x, r, *parameters = arguments(norm, dtype=torch.float32)
+    y, total = norm(x, *parameters, residual=r)
     with torch.no_grad():
         total += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
-def test_nothing_is_saved_without_need() -> None:
-    x, _, w = arguments(dtype=torch.float32)
-    assert not rms_norm(x.detach(), (7,), w.detach()).requires_grad
+@every_norm
+def test_nothing_is_saved_without_need(norm: Norm) -> None:
+    x, _, *parameters = arguments(norm, dtype=torch.float32)
+    assert not norm(x.detach(), *(p.detach() for p in parameters)).requires_grad
     with torch.no_grad():
-        assert not rms_norm(x, (7,), w).requires_grad
+        assert not norm(x, *parameters).requires_grad
 
 
 def losses(function: Any, *tensors: Tensor) -> list[Tensor]:
@@ -99,26 +141,35 @@ def losses(function: Any, *tensors: Tensor) -> list[Tensor]:
     return [loss.detach(), *(t.grad for t in leaves)]
 
 
-def test_compile(backend: Backend) -> None:
+@every_norm
+def test_compile(backend: Backend, norm: Norm) -> None:
     if backend.slow:
         pytest.skip("the compiled graph calls the same kernel op; interpreting it adds nothing")
 
-    def loss(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
-        y, total = rms_norm(x, (7,), w, residual=r)
-        return (y * y.sin()).sum() + (rms_norm(total, (2, 7)) * y).sum()
+    def loss(x: Tensor, r: Tensor, *parameters: Tensor) -> Tensor:
+        y, total = norm(x, *parameters, residual=r)
+        return (y * y.sin()).sum() + (norm(total, dims=2 if norm.many_dims else 1) * y).sum()
 
-    tensors = [t.detach().float().to(backend.device) for t in arguments()]
+    tensors = [t.detach().float() for t in arguments(norm, device=backend.device)]
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True)
-    for mine, eager in zip(losses(compiled, *tensors), losses(loss, *tensors), strict=True):
-        torch.testing.assert_close(mine, eager)
+    for mine, stock in zip(losses(compiled, *tensors), losses(loss, *tensors), strict=True):
+        torch.testing.assert_close(mine, stock)
     with torch.no_grad():
         torch.testing.assert_close(compiled(*tensors), loss(*tensors))
 
 
-def test_compile_with_a_changing_shape() -> None:
+def module_of(norm: Norm) -> torch.nn.Module:
+    """For 16 features."""
+    if norm is CRMS:
+        return effkern.nn.CRMSNorm(17, elementwise_affine=True)
+    return effkern.nn.RMSNorm(16) if norm is RMS else effkern.nn.LayerNorm(16)
+
+
+@every_norm
+def test_compile_with_a_changing_shape(norm: Norm) -> None:
     torch._dynamo.reset()
-    module = effkern.nn.RMSNorm(16)
+    module = module_of(norm)
     compiled = torch.compile(module, fullgraph=True, dynamic=True)
     for rows in (3, 5, 8):
         x = torch.randn(rows, 4, 16, requires_grad=True)
@@ -144,90 +195,100 @@ def test_a_compiled_function_follows_the_backend() -> None:
     assert "_rms_norm_forward.reference" in called[1]
 
 
-def test_whole_training_step_in_one_graph() -> None:
+@every_norm
+def test_whole_training_step_in_one_graph(norm: Norm) -> None:
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
         pytest.skip("this PyTorch cannot trace backward() inside a graph")
     torch._dynamo.reset()
-    x, _, w = (t.detach().float() for t in arguments())
+    x, _, *parameters = (t.detach().float() for t in arguments(norm))
 
-    def step(x: Tensor, w: Tensor) -> Tensor:
-        (grad,) = torch.autograd.grad(rms_norm(x, (7,), w).square().sum(), w)
-        return grad
+    def step(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(norm(x, *parameters).square().sum(), parameters)
 
-    w.requires_grad_()
+    for parameter in parameters:
+        parameter.requires_grad_()
     with torch._dynamo.config.patch(trace_autograd_ops=True):
         compiled = torch.compile(step, fullgraph=True)
-        torch.testing.assert_close(compiled(x, w), step(x, w))
+        torch.testing.assert_close(compiled(x, *parameters), step(x, *parameters))
 
 
-def test_func_transforms() -> None:
-    x, r, w = (t.detach() for t in arguments())
+@every_norm
+def test_func_transforms(norm: Norm) -> None:
+    x, r, *parameters = (t.detach() for t in arguments(norm))
+    numbers = tuple(range(1 + len(parameters)))
 
     def loss(function: Any) -> Any:
-        return lambda a, b: function(a, (7,), b, 1e-3).sin().sum()
+        return lambda *tensors: function(*tensors).sin().sum()
 
+    functions = (plain(norm), eager(norm))
     for transform in (torch.func.grad, torch.func.jacrev):
-        mine, stock = (transform(loss(f), argnums=(0, 1))(x, w) for f in (rms_norm, F.rms_norm))
+        mine, stock = (transform(loss(f), argnums=numbers)(x, *parameters) for f in functions)
         torch.testing.assert_close(mine, stock)
     hessian, stock_hessian = (
-        torch.func.jacrev(torch.func.grad(loss(f)))(x, w) for f in (rms_norm, F.rms_norm)
+        torch.func.jacrev(torch.func.grad(loss(f)))(x, *parameters) for f in functions
     )
     torch.testing.assert_close(hessian, stock_hessian)
-    mine = torch.func.grad(lambda a: rms_norm(a, (7,), w, 1e-3, residual=r)[0].sin().sum())(x)
-    stock = torch.func.grad(lambda a: F.rms_norm(a + r, (7,), w, 1e-3).sin().sum())(x)
+    mine = torch.func.grad(lambda a: with_residual(norm)(a, r, *parameters)[0].sin().sum())(x)
+    stock = torch.func.grad(lambda a: eager(norm)(a + r, *parameters).sin().sum())(x)
     torch.testing.assert_close(mine, stock)
 
 
-def test_vmap() -> None:
-    x, r, w = (t.detach() for t in arguments())
-    many = torch.rand(3, 7, dtype=w.dtype)
-
-    def of(function: Any, in_dims: tuple[int | None, int | None], *tensors: Tensor) -> Tensor:
-        return torch.vmap(lambda a, b: function(a, (7,), b, 1e-3), in_dims=in_dims)(*tensors)
-
+@every_norm
+def test_vmap(norm: Norm) -> None:
+    x, r, *parameters = (t.detach() for t in arguments(norm))
+    many = [torch.stack([p, p + 1, p - 1]) for p in parameters]
+    none, all_ = [None] * len(parameters), [0] * len(parameters)
     for in_dims, args in (
-        ((0, None), (x, w)),
-        ((1, None), (x, w)),
-        ((0, 0), (x, many)),
-        ((None, 0), (x[0], many)),
+        ((0, *none), (x, *parameters)),
+        ((1, *none), (x, *parameters)),
+        ((0, *all_), (x, *many)),
+        ((None, *all_), (x[0], *many)),
     ):
-        torch.testing.assert_close(of(rms_norm, in_dims, *args), of(F.rms_norm, in_dims, *args))
-    y, total = torch.vmap(lambda a, b: rms_norm(a, (7,), w, residual=b), in_dims=(0, None))(x, r[0])
+        mine, stock = (torch.vmap(f, in_dims=in_dims)(*args) for f in (plain(norm), eager(norm)))
+        torch.testing.assert_close(mine, stock)
+    y, total = torch.vmap(lambda a, b: norm(a, *parameters, residual=b), in_dims=(0, None))(x, r[0])
     torch.testing.assert_close(total, x + r[0])
-    torch.testing.assert_close(y, F.rms_norm(x + r[0], (7,), w))
-    per_sample = torch.vmap(torch.func.grad(lambda b, a: rms_norm(a, (7,), b).sum()), (None, 0))
-    stock = torch.vmap(torch.func.grad(lambda b, a: F.rms_norm(a, (7,), b).sum()), (None, 0))
-    torch.testing.assert_close(per_sample(w, x), stock(w, x))
+    torch.testing.assert_close(y, norm.eager(x + r[0], 1, parameters, 1e-5))
+
+    def per_sample(function: Any) -> Tensor:
+        gradient = torch.func.grad(lambda b, a: function(a, b, *parameters[1:]).sum())
+        return torch.vmap(gradient, (None, 0))(parameters[0], x)
+
+    torch.testing.assert_close(per_sample(plain(norm)), per_sample(eager(norm)))
 
 
-def test_forward_mode() -> None:
-    x, _, w = (t.detach() for t in arguments())
+@every_norm
+def test_forward_mode(norm: Norm) -> None:
+    x, _, *parameters = (t.detach() for t in arguments(norm))
     mine, stock = (
-        torch.func.jvp(lambda a, f=f: f(a, (7,), w, 1e-3), (x,), (x.sin(),))
-        for f in (rms_norm, F.rms_norm)
+        torch.func.jvp(lambda a, f=f: f(a, *parameters), (x,), (x.sin(),))
+        for f in (plain(norm), eager(norm))
     )
     torch.testing.assert_close(mine, stock)
 
 
-def test_public_ops_under_func() -> None:
-    x, r, w = (t.detach() for t in arguments())
-    loss = lambda f: lambda a: f(a, (7,), w, 1e-3).sin().sum()  # noqa: E731
-    mine, stock = (torch.func.grad(loss(f))(x) for f in (torch.ops.effkern.rms_norm, F.rms_norm))
+@every_norm
+def test_public_ops_under_func(norm: Norm) -> None:
+    x, r, *parameters = (t.detach() for t in arguments(norm))
+    loss = lambda f: lambda a: f(a, *parameters).sin().sum()  # noqa: E731
+    mine, stock = (torch.func.grad(loss(f))(x) for f in (public(norm), eager(norm)))
     torch.testing.assert_close(mine, stock)
-    mine = torch.vmap(lambda a: torch.ops.effkern.add_rms_norm(a, r[0], (7,), w, 1e-3)[0])(x)
-    torch.testing.assert_close(mine, F.rms_norm(x + r[0], (7,), w, 1e-3))
+    mine = torch.vmap(lambda a: public(norm, add=True)(a, r[0], *parameters)[0])(x)
+    torch.testing.assert_close(mine, eager(norm)(x + r[0], *parameters))
 
 
-def test_export() -> None:
-    module = effkern.nn.RMSNorm(16)
-    x = torch.randn(3, 16)
+@every_norm
+def test_export(norm: Norm) -> None:
+    module, x = module_of(norm), torch.randn(3, 16)
     exported = torch.export.export(module, (x,))
     torch.testing.assert_close(exported.module()(x), module(x))
 
 
-def test_autocast_as_torch() -> None:
-    """Api.md, "autocast": on the CPU torch computes rms_norm in the dtype it is given."""
+@pytest.mark.parametrize("norm", [RMS, LAYER], ids=str)
+def test_autocast_as_torch(norm: Norm) -> None:
+    """Api.md, "autocast": on the CPU torch computes both in the dtype it is given."""
     x = torch.randn(4, 16)
+    none = [None] * norm.parameters
     for given in (x, x.bfloat16()):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert rms_norm(given, (16,)).dtype == F.rms_norm(given, (16,)).dtype
+            assert norm(given).dtype == norm.eager(given, 1, none, 1e-5).dtype

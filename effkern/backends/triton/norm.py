@@ -237,7 +237,16 @@ def _backward(
             numbers = 2 if norm is LAYER else 1
             projections = torch.empty(numbers * rows, dtype=acc, device=x.device)
             norm_projection_kernel[(rows,)](
-                grad, x, weight, statistics, projections, grad_rows, x_rows, rows, features, **options
+                grad,
+                x,
+                weight,
+                statistics,
+                projections,
+                grad_rows,
+                x_rows,
+                rows,
+                features,
+                **options,
             )
         stretch_rows = _stretch_rows(rows, tile.rows)
         stretches = triton.cdiv(rows, stretch_rows)

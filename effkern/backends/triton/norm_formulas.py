@@ -51,9 +51,7 @@ def variance_of(squares, plain, features):
 
 
 @triton.jit
-def kept_of_sums(
-    squares, plain, origin, features, eps, NORM: tl.constexpr, ACC: tl.constexpr
-):
+def kept_of_sums(squares, plain, origin, features, eps, NORM: tl.constexpr, ACC: tl.constexpr):
     """The first number and rstd of a row from its sums about the origin."""
     if NORM == LAYER_NORM:
         variance = larger(variance_of(squares, plain, features), scalar(0.0, ACC))

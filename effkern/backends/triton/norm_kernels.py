@@ -67,6 +67,7 @@ def tile_for(features: int, acc: torch.dtype, row_bytes: int) -> Tile:
     warps = max(tile_rows * block * acc.itemsize // (32 * thread_bytes), 1)
     return Tile(tile_rows, block, warps, triton.cdiv(features, block))
 
+
 #: A long row's sums are taken about the mean of so many features, its first ones.
 ORIGIN_FEATURES = tl.constexpr(64)
 
