@@ -3,10 +3,11 @@
 //
 // Bytes: grad, x and grad_total are read once, grad_x written once. From cache, the statistics are
 // read by each thread of their row and the weight for each row. Rows of more than 8,192 features
-// (4,096 in float64) do not fit in the registers of a block: grad, x and the statistics are read a
-// second time, and a number or two a row go from the first pass to the second. The parameters'
-// gradients add a write and a read of `features` numbers for each of at most kMostShares shares,
-// which are then summed in their order. Shares depend on the shape and on alignment alone.
+// (4,096 in float64, and for LayerNorm where no 16-byte access is allowed) do not fit in the
+// registers of a block: grad, x and the statistics are read a second time, and a number or two a
+// row go from the first pass to the second. The parameters' gradients add a write and a read of
+// `features` numbers for each of at most kMostShares shares, which are then summed in their order.
+// Shares depend on the shape and on alignment alone.
 //
 // Occupancy: 512 threads a multiprocessor where rows are held, so at most 128 registers a thread;
 // 1,024 threads elsewhere, at most 64 registers.
@@ -20,9 +21,10 @@ namespace {
 constexpr int kMostHeldLanes = 512;
 constexpr int kTileThreads = 256;
 
-// How many packs of V elements a thread holds of grad and of x.
-template <class T, int V>
-constexpr int kHeldBackward = (sizeof(T) == 8 ? 8 : 16) / V;
+// How many packs of V elements a thread holds of grad and of x. Elements one by one take more
+// registers, and sums for a bias as many again.
+template <class N, class T, int V>
+constexpr int kHeldBackward = (sizeof(T) == 8 || (N::kHasBias && V == 1) ? 8 : 16) / V;
 
 // The task with types, as kernel arguments.
 template <class T, int V>
@@ -116,7 +118,7 @@ __device__ __forceinline__ void share_sums(const S (&values)[kPacks][V], int lan
 // Rows in the registers of their groups. Each block takes every gridDim.x-th set of rows.
 template <class N, class T, int V>
 __global__ void __launch_bounds__(kMostHeldLanes) backward_held(Backward<T, V> p, int lanes) {
-  constexpr int kPacks = kHeldBackward<T, V>;
+  constexpr int kPacks = kHeldBackward<N, T, V>;
   using S = Acc<T>;
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   const int group = static_cast<int>(threadIdx.x) / lanes;
@@ -257,13 +259,13 @@ struct Cut {
 // Enough blocks to fill a large GPU several times, and at least four rows for each thread to sum.
 constexpr int64_t kMostShares = 512, kMostLongShares = 64, kFewestRows = 4;
 
-template <class T, int V>
+template <class N, class T, int V>
 Cut cut(const NormBackward& task) {
   const int64_t packs = task.features / V;
   Cut result{};
-  result.held = packs <= kMostHeldLanes * kHeldBackward<T, V>;
+  result.held = packs <= kMostHeldLanes * kHeldBackward<N, T, V>;
   if (result.held) {
-    result.groups = row_groups(packs, kHeldBackward<T, V>, 256);
+    result.groups = row_groups(packs, kHeldBackward<N, T, V>, 256);
     const int64_t sets = ceil_div(task.rows, result.groups.groups);
     result.shares = task.sums() > 0 ? std::min(ceil_div(sets, kFewestRows), kMostShares)
                                     : std::min(sets, kMostBlocks);
@@ -277,7 +279,7 @@ template <class N, class T, int V>
 void launch_backward(const NormBackward& task, void* workspace, cudaStream_t stream) {
   using S = Acc<T>;
   Backward<T, V> arguments(task);
-  const Cut how = cut<T, V>(task);
+  const Cut how = cut<N, T, V>(task);
   const int sums = task.sums();
   if (sums > 0) arguments.partial = static_cast<S*>(workspace);
   if (task.rows > 0 && how.held) {
@@ -326,7 +328,7 @@ template <class N>
 int64_t backward_workspace(const NormBackward& task) {
   int64_t numbers = 0;
   with_type_and_pack(task, [&](auto type, auto pack) {
-    const Cut how = cut<typename decltype(type)::type, pack.value>(task);
+    const Cut how = cut<N, typename decltype(type)::type, pack.value>(task);
     numbers += how.shares * task.sums() * task.features;
     if (task.grad_x != nullptr && !how.held) numbers += N::kBackwardSums * task.rows;
   });

@@ -178,7 +178,8 @@ __global__ void __launch_bounds__(kMostLanes) forward_twice(Forward<T, V> p) {
   }
   NormSums<S> sums{};
   if (residual == nullptr) {
-#pragma unroll 4
+    constexpr int kAtOnce = N::kForwardSums == 1 ? 4 : 2;  // as many as registers hold
+#pragma unroll kAtOnce
     for (int64_t i = threadIdx.x; i < packs; i += kMostLanes) {
       add_pack<N>(sums, load<V>(source + i * V), origin);
     }
@@ -196,6 +197,7 @@ __global__ void __launch_bounds__(kMostLanes) forward_twice(Forward<T, V> p) {
     if (N::is_far(sums, p.features)) {  // for all threads of the block, or for none
       origin = N::mean(sums, origin, p.features);
       sums = {};
+#pragma unroll 1
       for (int64_t i = threadIdx.x; i < packs; i += kMostLanes) {
         add_pack<N>(sums, load<V>(source + i * V), origin);
       }

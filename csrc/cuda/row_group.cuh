@@ -51,6 +51,7 @@ __device__ __forceinline__ void sum_over_group(S (&values)[kSums], int lanes, S*
   for (int n = 0; n < kSums; ++n) {
     const S* const first = scratch + n * all_warps + warp / warps * warps;
     values[n] = 0;
+#pragma unroll 8  // all at once would take as many registers
     for (int i = 0; i < warps; ++i) values[n] += first[i];
   }
 }

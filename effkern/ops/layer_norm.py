@@ -11,7 +11,7 @@ from torch import Tensor
 from effkern.backends.reference.dtypes import accumulation_dtype
 from effkern.ops._declare import DTYPES, declare_public
 from effkern.ops.norm import run
-from effkern.ops.norm_checks import strided, check, fits
+from effkern.ops.norm_checks import check, fits, strided
 
 
 @overload
@@ -52,7 +52,8 @@ def layer_norm(
         x: shape ``(*, *normalized_shape)``; float32, float64, bfloat16 or float16. Leading
             dimensions may be strided.
         normalized_shape: the dimensions that are normalised together.
-        weight, bias: shape ``normalized_shape``, any of the four dtypes, or None.
+        weight: shape ``normalized_shape``, any of the four dtypes, or None.
+        bias: the same.
         eps: added to the variance.
         residual: like x. With it the sum ``x + residual`` is normalised, in the same pass, and
             returned too; the statistics are those of the sum as rounded to x's dtype.

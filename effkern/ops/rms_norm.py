@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effkern.ops._declare import DTYPES, declare_public
 from effkern.ops.norm import run
-from effkern.ops.norm_checks import strided, check, fits
+from effkern.ops.norm_checks import check, fits, strided
 
 
 @overload

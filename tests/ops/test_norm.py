@@ -1,4 +1,4 @@
-"""Every norm on every backend: values and gradients against float64, layouts, sizes, determinism."""
+"""Every norm on every backend: values and gradients against float64, layouts, determinism."""
 
 from __future__ import annotations
 

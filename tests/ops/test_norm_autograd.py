@@ -1,4 +1,4 @@
-"""The norms as PyTorch's machinery meets them: autograd, opcheck, torch.compile, torch.func, export."""
+"""The norms as PyTorch's machinery meets them: autograd, opcheck, compile, torch.func, export."""
 
 from __future__ import annotations
 

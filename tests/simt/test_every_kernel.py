@@ -117,8 +117,8 @@ def test_rows_may_be_strided_differently(norm: Norm, features: int) -> None:
 def test_every_instance_runs() -> None:
     """Of each dtype: one kernel for each variant of a rule and a second one for LAMB, one of sums
     of squares, one of the sum of shares, and for each norm four of the forward's two (aligned or
-    not) and six of the backward's three. For tensors stored otherwise, two for each launch of a variant, with states in 8
-    bits and without, but one where there are no states.
+    not) and six of the backward's three. For tensors stored otherwise, two for each launch of a
+    variant, with states in 8 bits and without, but one where there are no states.
     """
     simt = build.load()
     for dtype, variant in product(DTYPES, VARIANTS):

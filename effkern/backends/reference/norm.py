@@ -45,12 +45,15 @@ class RmsNorm(Formula):
     numbers = 1
 
     def statistics(self, x: Tensor, dims: int, eps: float) -> Tensor:
+        """See `Formula`."""
         return torch.rsqrt(x.square().mean(_last(dims)) + eps)
 
     def normalised(self, x: Tensor, statistics: Tensor, dims: int) -> Tensor:
+        """See `Formula`."""
         return x * _beside_row(statistics, dims)
 
     def grad_x(self, g: Tensor, x: Tensor, statistics: Tensor, dims: int) -> Tensor:
+        """See `Formula`."""
         rstd = _beside_row(statistics, dims)
         xhat = x * rstd
         return (g - xhat * (g * xhat).mean(_last(dims), keepdim=True)) * rstd
@@ -66,15 +69,18 @@ class CrmsNorm(Formula):
     numbers = 2
 
     def statistics(self, x: Tensor, dims: int, eps: float) -> Tensor:
+        """See `Formula`."""
         d = x.shape[-dims:].numel() + 1
         total = x.sum(_last(dims))
         squares = x.square().sum(_last(dims)) + total.square()
         return torch.stack((total, torch.rsqrt(squares / d + eps)))
 
     def normalised(self, x: Tensor, statistics: Tensor, dims: int) -> Tensor:
+        """See `Formula`."""
         return x * _beside_row(statistics[1], dims)
 
     def grad_x(self, g: Tensor, x: Tensor, statistics: Tensor, dims: int) -> Tensor:
+        """See `Formula`."""
         d = x.shape[-dims:].numel() + 1
         total, rstd = (_beside_row(number, dims) for number in statistics)
         projection = (g * (x * rstd)).sum(_last(dims), keepdim=True) / d
@@ -89,6 +95,7 @@ class LayerNorm(Formula):
     numbers = 2
 
     def statistics(self, x: Tensor, dims: int, eps: float) -> Tensor:
+        """See `Formula`."""
         mean = x.mean(_last(dims), keepdim=True)
         # The rounding of the first mean, found beside numbers that are small where all are alike.
         mean = mean + (x - mean).mean(_last(dims), keepdim=True)
@@ -96,10 +103,12 @@ class LayerNorm(Formula):
         return torch.stack((mean.reshape(variance.shape), torch.rsqrt(variance + eps)))
 
     def normalised(self, x: Tensor, statistics: Tensor, dims: int) -> Tensor:
+        """See `Formula`."""
         mean, rstd = (_beside_row(number, dims) for number in statistics)
         return (x - mean) * rstd
 
     def grad_x(self, g: Tensor, x: Tensor, statistics: Tensor, dims: int) -> Tensor:
+        """See `Formula`."""
         rstd = _beside_row(statistics[1], dims)
         xhat = self.normalised(x, statistics, dims)
         mean_of_g = g.mean(_last(dims), keepdim=True)

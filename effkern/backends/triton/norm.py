@@ -82,7 +82,7 @@ def layer_norm_forward(
     dims: int,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``effkern::_layer_norm_forward`` and ``_add_layer_norm_forward``: y, total, means and rstd."""
+    """``effkern::_layer_norm_forward`` and ``_add_layer_norm_forward``: y, total, means, rstd."""
     return _forward(LAYER, x, residual, weight, bias, dims, eps)
 
 

@@ -225,7 +225,7 @@ def norm_forward_long_kernel(
     squares, plain = long_sums(
         x, x_offset, residual, residual_offset, total_row, length, origin, NORM, ACC, BLOCK
     )
-    if NORM == LAYER_NORM:
+    if NORM == LAYER_NORM:  # noqa: SIM102 - the compiler decides this one, the kernel the next
         if squares / features > 2 * variance_of(squares, plain, features):
             origin += plain / features
             squares, plain = long_sums(
@@ -403,11 +403,11 @@ def norm_sum_shares_kernel(
         share = (stretch * SUMS + of_bias)[:, None] * features
         total += tl.load(partials + share + column[None, :], mask=inside, other=0)
     sums = tl.sum(total, axis=0)
-    if grad_weight is not None:
+    if grad_weight is not None:  # noqa: SIM102 - as above
         if of_bias == 0:
             values = to_storage(sums, grad_weight.dtype.element_ty)
             tl.store(grad_weight + column, values, mask=column < features)
-    if grad_bias is not None:
+    if grad_bias is not None:  # noqa: SIM102
         if of_bias == 1:
             values = to_storage(sums, grad_bias.dtype.element_ty)
             tl.store(grad_bias + column, values, mask=column < features)
