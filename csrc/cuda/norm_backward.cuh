@@ -194,7 +194,8 @@ __global__ void __launch_bounds__(kMostLanes) project(Backward<T, V> p) {
   const T* const grad_row = p.grad + row_offset(p.grad_rows, row);
   const NormRow<Acc<T>> kept = load_kept<N>(p.statistics, p.rows, row);
   NormSums<Acc<T>> sums{};
-#pragma unroll 2
+  constexpr int kAtOnce = N::kBackwardSums == 1 ? 2 : 1;  // as many packs as registers hold
+#pragma unroll kAtOnce
   for (int64_t i = threadIdx.x; i < p.features / V; i += kMostLanes) {
     const Pack<T, V> x = load<V>(x_row + i * V);
     Acc<T> g[V];
