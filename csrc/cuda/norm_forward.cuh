@@ -185,6 +185,7 @@ __global__ void __launch_bounds__(kMostLanes) forward_twice(Forward<T, V> p) {
     }
   } else {
     T* const total = p.total + row * p.features;
+#pragma unroll kAtOnce
     for (int64_t i = threadIdx.x; i < packs; i += kMostLanes) {
       const Pack<T, V> pack = add(load<V>(source + i * V), load<V>(residual + i * V));
       store(total + i * V, pack);

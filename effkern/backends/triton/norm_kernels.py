@@ -219,8 +219,10 @@ def norm_forward_long_kernel(
 
     origin = tl.full((), 0, ACC)
     if NORM == LAYER_NORM:
-        column = tl.arange(0, ORIGIN_FEATURES)
-        begin = load_total(x, x_offset, residual, residual_offset, column, column < length, ACC)
+        first_columns = tl.arange(0, ORIGIN_FEATURES)
+        begin = load_total(
+            x, x_offset, residual, residual_offset, first_columns, first_columns < length, ACC
+        )
         origin = tl.sum(begin, axis=0) / ORIGIN_FEATURES
     squares, plain = long_sums(
         x, x_offset, residual, residual_offset, total_row, length, origin, NORM, ACC, BLOCK
