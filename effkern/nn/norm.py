@@ -86,6 +86,7 @@ class CRMSNorm(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.weight: torch.nn.Parameter | None
         if d < 2:
             raise ValueError(f"CRMSNorm: d must be at least 2, got {d}")
         self.d, self.eps, self.elementwise_affine = d, eps, elementwise_affine

@@ -11,7 +11,6 @@ import copy
 import inspect
 import itertools
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -202,7 +201,9 @@ def apply(module: nn.Module, how: Recognised, x: Tensor) -> Tensor:
 HOW = "_effkern_recognised"
 
 
-@cache
+_twins: dict[tuple[type[nn.Module], bool, str], type[nn.Module]] = {}
+
+
 def twin_class(original: type[nn.Module], centred: bool, eps: str) -> type[nn.Module]:
     """The class of fused modules in place of ``original``: a subclass of effkern's norm and of it.
 
@@ -211,6 +212,9 @@ def twin_class(original: type[nn.Module], centred: bool, eps: str) -> type[nn.Mo
         centred: whether effkern's norm is LayerNorm, else RMSNorm.
         eps: the name of the attribute that holds epsilon.
     """
+    key = original, centred, eps
+    if key in _twins:
+        return _twins[key]
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's, in one kernel where it rounds once."""
@@ -238,7 +242,7 @@ def twin_class(original: type[nn.Module], centred: bool, eps: str) -> type[nn.Mo
     if eps != "eps":
         members["eps"] = property(lambda self: getattr(self, eps))
     base = LayerNorm if centred else RMSNorm
-    return type(f"Fused{original.__name__}", (base, original), members)
+    return _twins.setdefault(key, type(f"Fused{original.__name__}", (base, original), members))
 
 
 def _empty_twin(original: type[nn.Module], centred: bool, eps: str) -> nn.Module:

@@ -98,7 +98,7 @@ def _declare_kernels(norm: Norm) -> None:
 
     def backward(*call: Any) -> tuple[Tensor, ...]:
         first = len(call) - len(parameters)
-        return reference.backward(formula, *call[:first], call[first:])
+        return reference.backward(formula, *call[:first], wants=call[first:])
 
     module = "effkern.backends.triton.norm"
     triton_forward = imported_at_first_call(f"{module}:{name}_forward")
@@ -233,6 +233,7 @@ class AddNormFunction(torch.autograd.Function):
         """See `reference.backward`; a gradient is None where its output was not used."""
         _, _, _, needs_x, needs_residual, *wants = ctx.needs_input_grad
         grad_x: Tensor | None
+        gradients: list[Tensor | None]
         if grad is None:
             grad_x, gradients = grad_total, [None] * len(wants)
         else:
