@@ -98,7 +98,8 @@ def _declare_kernels(norm: Norm) -> None:
 
     def backward(*call: Any) -> tuple[Tensor, ...]:
         first = len(call) - len(parameters)
-        return reference.backward(formula, *call[:first], wants=call[first:])
+        arguments: list[Any] = [*call[:first], call[first:]]
+        return reference.backward(formula, *arguments)
 
     module = "effkern.backends.triton.norm"
     triton_forward = imported_at_first_call(f"{module}:{name}_forward")
