@@ -85,6 +85,13 @@ def check(
 CANCELS = ("grad_x", "grad_residual")
 
 
+def is_spared(backend: Backend, norm: Norm) -> bool:
+    """Whether some cases may do: where kernels are interpreted, RMSNorm alone tries every way
+    through the loops that all norms share.
+    """
+    return backend.slow and norm is not RMS
+
+
 def parameters_of(
     norm: Norm, kind: str, features: int, dtype: torch.dtype, device: str = "cpu"
 ) -> list[Tensor | None]:
@@ -105,6 +112,8 @@ def parameters_of(
 def test_values_and_gradients(
     backend: Backend, norm: Norm, dtype: torch.dtype, kind: str, residual: bool
 ) -> None:
+    if is_spared(backend, norm) and (dtype == torch.float16 or kind in ("none", "wide")):
+        return
     for features in (96, 33):
         x = torch.randn(5, features, dtype=torch.float64).to(dtype).to(backend.device)
         r = torch.randn(5, features).to(dtype).to(backend.device) if residual else None
@@ -147,9 +156,7 @@ def test_layer_norm_beside_a_large_common_offset(
     backend: Backend, dtype: torch.dtype, offset: float
 ) -> None:
     """Up to where float32 leaves four digits to what is normalised."""
-    for features in (40, 1500, 17000):
-        if backend.slow and features > 1500:
-            continue
+    for features in (40, 1500) if backend.slow else (40, 1500, 17000):
         x = (torch.randn(3, features, dtype=torch.float64) + offset).to(dtype).to(backend.device)
         parameters = parameters_of(LAYER, "same", features, dtype, backend.device)
         check(LAYER, x, *parameters, grad=torch.randn_like(x))
@@ -174,6 +181,8 @@ def test_layer_norm_of_rows_that_begin_unlike_the_rest(backend: Backend, feature
 )
 @every_norm
 def test_every_remainder(backend: Backend, norm: Norm, features: int) -> None:
+    if is_spared(backend, norm) and features not in (1, 7, 8, 33, 257, 1000):
+        return
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(3, features).to(dtype).to(backend.device)
         parameters = parameters_of(norm, "same", features, dtype, backend.device)
@@ -184,12 +193,14 @@ def test_every_remainder(backend: Backend, norm: Norm, features: int) -> None:
 @pytest.mark.parametrize("features", [8191, 8192, 8193, 16384, 16385, 65537])
 @every_norm
 def test_long_rows(backend: Backend, norm: Norm, features: int) -> None:
-    if backend.slow and norm is not RMS and features not in (8193, 16385, 65537):
-        return  # where the loops change is the same for all norms
+    if is_spared(backend, norm) and features not in (8193, 65537):
+        return
     x = torch.randn(2, features, device=backend.device)
     r = torch.randn(2, features, device=backend.device)
     parameters = norm.random_parameters((features,), device=backend.device)
     check(norm, x, *parameters, residual=r, grad=torch.randn_like(x))
+    if is_spared(backend, norm):
+        return
     narrow = [p.bfloat16() for p in parameters]
     check(norm, x[:1].bfloat16(), *narrow, grad=torch.randn_like(x[:1]))
 
@@ -197,6 +208,8 @@ def test_long_rows(backend: Backend, norm: Norm, features: int) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 63, 64, 65, 129, 600])
 @every_norm
 def test_numbers_of_rows(backend: Backend, norm: Norm, rows: int) -> None:
+    if is_spared(backend, norm) and rows not in (1, 9, 129):
+        return
     x = torch.randn(rows, 24, device=backend.device)
     parameters = norm.random_parameters((24,), device=backend.device)
     check(norm, x, *parameters, residual=torch.randn_like(x), grad=torch.randn_like(x))
@@ -253,6 +266,8 @@ def layouts(device: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("layout", list(layouts("cpu")))
 @every_norm
 def test_layouts(backend: Backend, norm: Norm, layout: str) -> None:
+    if is_spared(backend, norm) and layout not in ("permuted rows", "unaligned storage"):
+        return
     x = layouts(backend.device)[layout]
     features = x.shape[-1]
     parameters = [p[::2] for p in norm.random_parameters((2 * features,), device=backend.device)]
@@ -394,7 +409,7 @@ def test_outputs_are_contiguous_and_new(backend: Backend, norm: Norm) -> None:
 @every_norm
 def test_large_outputs_written_past_the_caches(backend: Backend, norm: Norm) -> None:
     """Beyond 8 MiB the CPU kernels stream their stores, and large pages are asked for."""
-    if backend.slow:
+    if backend.slow or (backend.name == "reference" and norm is not RMS):
         return
     x = torch.randn(1100, 2048, device=backend.device)
     r = torch.randn(1100, 2048, device=backend.device)
