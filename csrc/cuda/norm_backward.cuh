@@ -3,7 +3,7 @@
 //
 // Bytes: grad, x and grad_total are read once, grad_x written once. From cache, the statistics are
 // read by each thread of their row and the weight for each row. Rows of more than 8,192 features
-// (4,096 in float64, and for LayerNorm where no 16-byte access is allowed) do not fit in the
+// (4,096 in float64, and but for RMSNorm where no 16-byte access is allowed) do not fit in the
 // registers of a block: grad, x and the statistics are read a second time, and a number or two a
 // row go from the first pass to the second. The parameters' gradients add a write and a read of
 // `features` numbers for each of at most kMostShares shares, which are then summed in their order.
@@ -22,9 +22,9 @@ constexpr int kMostHeldLanes = 512;
 constexpr int kTileThreads = 256;
 
 // How many packs of V elements a thread holds of grad and of x. Elements one by one take more
-// registers, and sums for a bias as many again.
+// registers, and so do the numbers and sums of the formulas that keep two.
 template <class N, class T, int V>
-constexpr int kHeldBackward = (sizeof(T) == 8 || (N::kHasBias && V == 1) ? 8 : 16) / V;
+constexpr int kHeldBackward = (sizeof(T) == 8 || (N::kNumbers == 2 && V == 1) ? 8 : 16) / V;
 
 // The task with types, as kernel arguments.
 template <class T, int V>
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kMostLanes) project(Backward<T, V> p) {
   const T* const grad_row = p.grad + row_offset(p.grad_rows, row);
   const NormRow<Acc<T>> kept = load_kept<N>(p.statistics, p.rows, row);
   NormSums<Acc<T>> sums{};
-  constexpr int kAtOnce = N::kBackwardSums == 1 ? 2 : 1;  // as many packs as registers hold
+  constexpr int kAtOnce = N::kNumbers == 1 ? 2 : 1;  // as many packs as registers hold
 #pragma unroll kAtOnce
   for (int64_t i = threadIdx.x; i < p.features / V; i += kMostLanes) {
     const Pack<T, V> x = load<V>(x_row + i * V);
