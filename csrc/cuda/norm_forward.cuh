@@ -159,7 +159,9 @@ __global__ void __launch_bounds__(kMostLanes) forward_twice(Forward<T, V> p) {
   const int64_t row = block_index();
   if (row >= p.rows) return;
   const int64_t packs = p.features / V;
-  constexpr int kAtOnce = N::kForwardSums == 1 ? 4 : 2;  // as many packs as registers hold
+  // As many packs as registers hold, in a loop that reads and in one that also writes.
+  constexpr int kReadAtOnce = N::kForwardSums == 1 ? 4 : 2;
+  constexpr int kWrittenAtOnce = V < 8 ? kReadAtOnce : 2;
   const T* source = p.x + row_offset(p.x_rows, row);
   const T* const residual =
       p.residual == nullptr ? nullptr : p.residual + row_offset(p.residual_rows, row);
@@ -179,13 +181,13 @@ __global__ void __launch_bounds__(kMostLanes) forward_twice(Forward<T, V> p) {
   }
   NormSums<S> sums{};
   if (residual == nullptr) {
-#pragma unroll kAtOnce
+#pragma unroll kReadAtOnce
     for (int64_t i = threadIdx.x; i < packs; i += kMostLanes) {
       add_pack<N>(sums, load<V>(source + i * V), origin);
     }
   } else {
     T* const total = p.total + row * p.features;
-#pragma unroll kAtOnce
+#pragma unroll kWrittenAtOnce
     for (int64_t i = threadIdx.x; i < packs; i += kMostLanes) {
       const Pack<T, V> pack = add(load<V>(source + i * V), load<V>(residual + i * V));
       store(total + i * V, pack);
@@ -208,7 +210,7 @@ __global__ void __launch_bounds__(kMostLanes) forward_twice(Forward<T, V> p) {
   const NormRow<S> kept = N::kept(sums, origin, p.features, p.eps);
   if (threadIdx.x == 0) store_kept<N>(p.statistics, p.rows, row, kept);
   T* const y = p.y + row * p.features;
-#pragma unroll kAtOnce
+#pragma unroll kWrittenAtOnce
   for (int64_t i = threadIdx.x; i < packs; i += kMostLanes) {
     store(y + i * V, normalise<N>(load<V>(source + i * V), kept, p.parameters, i * V));
   }
