@@ -6,6 +6,7 @@ norm = effkern.nn.RMSNorm(768)                                  # for torch.nn.R
 
 from effkern import nn
 from effkern.backends.choice import BackendStatus, backends, use_backend
+from effkern.nn.swap import swap_norms
 from effkern.optim import (
     FusedAdadelta,
     FusedAdagrad,
@@ -33,5 +34,6 @@ __all__ = [
     "backends",
     "clip_grad_norm_",
     "nn",
+    "swap_norms",
     "use_backend",
 ]

@@ -60,8 +60,9 @@ def test_every_instance_is_there(rows: list[Row]) -> None:
     # With states in 8 bits and without; one variant of SGD keeps none.
     expected |= {"mixed_kernel": 2 * variants - 1, "lamb_advance_mixed": 2, "lamb_apply_mixed": 2}
     expected |= {"squares_kernel": 4}
-    expected |= {"forward_held": 8, "forward_twice": 8}
-    expected |= {"backward_held": 8, "project": 8, "apply": 8, "sum_shares": 4}
+    # Of each norm and dtype, aligned and not.
+    of_norms = ("forward_held", "forward_twice", "backward_held", "project", "apply")
+    expected |= dict.fromkeys(of_norms, 3 * 4 * 2) | {"sum_shares_kernel": 4}
     assert counts == expected
     for kernel in ("step_kernel", "mixed_kernel"):
         found = {tuple(rest) for name, rest in map(arguments, rows) if name == kernel}
@@ -76,8 +77,8 @@ def test_nothing_spills_and_nothing_is_local(rows: list[Row]) -> None:
 def test_the_aligned_path_moves_16_bytes_at_a_time(rows: list[Row]) -> None:
     for row in rows:
         name, rest = arguments(row)
-        one_by_one = name.startswith(("forward", "backward", "project", "apply")) and rest[1] == "1"
-        if name == "sum_shares" or one_by_one:
+        one_by_one = name.startswith(("forward", "backward", "project", "apply")) and rest[2] == "1"
+        if name == "sum_shares_kernel" or one_by_one:
             continue
         assert row.vector_loads, row
         # A number a row, or a block, is all that these write.

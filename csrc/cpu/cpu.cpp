@@ -12,34 +12,34 @@ int64_t grain_of_rows(int64_t features) {
   return features >= kGrainElements ? 1 : kGrainElements / (features > 0 ? features : 1);
 }
 
+const NormKernels& kernels_of(Norm norm) { return chosen_kernels().norms[static_cast<int>(norm)]; }
+
 }  // namespace
 
-void rms_norm_forward(const RmsNormForward& args, ParallelFor parallel_for) {
-  const Kernels& kernels = chosen_kernels();
+void norm_forward(const NormForward& args, ParallelFor parallel_for) {
+  const NormKernels& kernels = kernels_of(args.norm);
   in_threads(parallel_for, args.rows, grain_of_rows(args.features),
-             [&](int64_t begin, int64_t end) { kernels.rms_norm_forward(args, begin, end); });
+             [&](int64_t begin, int64_t end) { kernels.forward(args, begin, end); });
 }
 
-RowChunks rms_norm_chunks(int64_t rows) {
+RowChunks norm_chunks(int64_t rows) {
   constexpr int64_t kMostChunks = 64, kFewestRows = 8;
   const int64_t even = (rows + kMostChunks - 1) / kMostChunks;
   const int64_t chunk = even > kFewestRows ? even : kFewestRows;
   return {chunk, (rows + chunk - 1) / chunk};
 }
 
-void rms_norm_backward(const RmsNormBackward& args, void* partial, ParallelFor parallel_for) {
-  const Kernels& kernels = chosen_kernels();
-  if (!args.grad_weight) {
+void norm_backward(const NormBackward& args, void* partial, ParallelFor parallel_for) {
+  const NormKernels& kernels = kernels_of(args.norm);
+  if (args.sums() == 0) {
     in_threads(parallel_for, args.rows, grain_of_rows(args.features),
-               [&](int64_t begin, int64_t end) {
-                 kernels.rms_norm_backward(args, 1, nullptr, begin, end);
-               });
+               [&](int64_t begin, int64_t end) { kernels.backward(args, 1, nullptr, begin, end); });
     return;
   }
-  const RowChunks chunks = rms_norm_chunks(args.rows);
+  const RowChunks chunks = norm_chunks(args.rows);
   in_threads(parallel_for, chunks.count, grain_of_rows(args.features * chunks.rows),
              [&](int64_t begin, int64_t end) {
-               kernels.rms_norm_backward(args, chunks.rows, partial, begin, end);
+               kernels.backward(args, chunks.rows, partial, begin, end);
              });
   // Whole vectors to each thread: a grain of 1,024 features is a multiple of every vector's lanes.
   constexpr int64_t kFeatureGrain = 1024;
@@ -48,7 +48,7 @@ void rms_norm_backward(const RmsNormBackward& args, void* partial, ParallelFor p
              [&](int64_t begin, int64_t end) {
                const int64_t last =
                    end * kFeatureGrain < args.features ? end * kFeatureGrain : args.features;
-               kernels.rms_norm_weight(args, chunks.count, partial, begin * kFeatureGrain, last);
+               kernels.sum_shares(args, chunks.count, partial, begin * kFeatureGrain, last);
              });
 }
 

@@ -30,19 +30,19 @@ void in_threads(ParallelFor parallel_for, int64_t total, int64_t grain, const Wo
       const_cast<void*>(static_cast<const void*>(&work)));
 }
 
-void rms_norm_forward(const RmsNormForward& args, ParallelFor parallel_for);
+void norm_forward(const NormForward& args, ParallelFor parallel_for);
 
-// How the rows are cut to sum the weight's gradient. It depends on the shape alone, so that the sum
-// does too.
+// How the rows are cut to sum the parameters' gradients. It depends on the shape alone, so that the
+// sums do too.
 struct RowChunks {
   int64_t rows;   // in each chunk but the last
   int64_t count;  // of chunks
 };
-RowChunks rms_norm_chunks(int64_t rows);
+RowChunks norm_chunks(int64_t rows);
 
-// `partial` has room for count x features numbers of the accumulation type where grad_weight is
-// wanted, else null.
-void rms_norm_backward(const RmsNormBackward& args, void* partial, ParallelFor parallel_for);
+// `partial` has room for count x sums() x features numbers of the accumulation type where gradients
+// of parameters are wanted, else null.
+void norm_backward(const NormBackward& args, void* partial, ParallelFor parallel_for);
 
 // One step of a rule over all tensors of a table; their step counters have been increased.
 #define EFFKERN_DECLARE(Rule, name) \

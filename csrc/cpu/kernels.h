@@ -3,7 +3,7 @@
 
 #include "common/dtype.h"
 #include "common/multi_tensor.h"
-#include "common/rms_norm.h"
+#include "common/norm.h"
 #include "math/rules.h"
 
 namespace effkern::cpu {
@@ -29,16 +29,20 @@ struct BandwidthTask {
 };
 
 // Each function does the stretch [begin, end) of a task: rows, chunks of rows, or elements.
+struct NormKernels {
+  void (*forward)(const NormForward&, int64_t begin, int64_t end);
+  // A chunk is `chunk_rows` rows; `partial`, for each chunk sums() rows of features in the
+  // accumulation type, takes each chunk's share of the parameters' gradients (null: none wanted).
+  void (*backward)(const NormBackward&, int64_t chunk_rows, void* partial, int64_t begin,
+                   int64_t end);
+  // Sums the shares of `chunks` chunks into the parameters' gradients for the features
+  // [begin, end).
+  void (*sum_shares)(const NormBackward&, int64_t chunks, const void* partial, int64_t begin,
+                     int64_t end);
+};
 struct Kernels {
   const char* isa;
-  void (*rms_norm_forward)(const RmsNormForward&, int64_t begin, int64_t end);
-  // A chunk is `chunk_rows` rows; `partial`, one row of features per chunk in the accumulation
-  // type, takes each chunk's share of the weight's gradient (null: not wanted).
-  void (*rms_norm_backward)(const RmsNormBackward&, int64_t chunk_rows, void* partial,
-                            int64_t begin, int64_t end);
-  // Sums `chunks` rows of `partial` into grad_weight for the features [begin, end).
-  void (*rms_norm_weight)(const RmsNormBackward&, int64_t chunks, const void* partial,
-                          int64_t begin, int64_t end);
+  NormKernels norms[kNorms];  // by Norm
   // One step of a rule. Elements are counted through all tensors, in the table's order.
 #define EFFKERN_MEMBER_OF(Rule, name) \
   void (*name)(const StepTask&, const Rule&, int64_t begin, int64_t end);

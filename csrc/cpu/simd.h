@@ -384,4 +384,11 @@ EFFKERN_INLINE auto sum_lanes(V v) {
   return sum;
 }
 
+// The first `count` lanes of v, and `rest` in the others.
+template <class T>
+EFFKERN_INLINE Vec<T> with_rest(Vec<T> v, int64_t count, Acc<T> rest) {
+  for (int64_t i = count; i < kLanes<T>; ++i) v[i] = rest;
+  return v;
+}
+
 }  // namespace effkern

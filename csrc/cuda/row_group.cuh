@@ -28,22 +28,40 @@ inline RowGroups row_groups(int64_t packs, int held, int threads) {
   return RowGroups{lanes, lanes < threads ? threads / lanes : 1};
 }
 
-// The sum of one number from each thread of a group, the same bits in all of them; every thread of
-// the block must call it. `scratch` has a number for each warp, and must not be the one of the call
-// before.
+// The sums of kSums numbers from each thread of a group, the same bits in all of them; every thread
+// of the block must call it. `scratch` has kSums numbers for each warp of the block, and must not
+// be the one of the call before.
+template <int kSums, class S>
+__device__ __forceinline__ void sum_over_group(S (&values)[kSums], int lanes, S* scratch) {
+#pragma unroll
+  for (int n = 0; n < kSums; ++n) {
+    for (int offset = (lanes < kWarp ? lanes : kWarp) / 2; offset > 0; offset /= 2) {
+      values[n] += __shfl_xor_sync(0xffffffffu, values[n], offset);
+    }
+  }
+  if (lanes <= kWarp) return;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, warps = lanes / kWarp;
+  const int all_warps = static_cast<int>(blockDim.x) / kWarp;
+#pragma unroll
+  for (int n = 0; n < kSums; ++n) {
+    if (threadIdx.x % kWarp == 0) scratch[n * all_warps + warp] = values[n];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < kSums; ++n) {
+    const S* const first = scratch + n * all_warps + warp / warps * warps;
+    values[n] = 0;
+#pragma unroll 8  // all at once would take as many registers
+    for (int i = 0; i < warps; ++i) values[n] += first[i];
+  }
+}
+
+// The same for one number.
 template <class S>
 __device__ __forceinline__ S sum_over_group(S value, int lanes, S* scratch) {
-  for (int offset = (lanes < kWarp ? lanes : kWarp) / 2; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, offset);
-  }
-  if (lanes <= kWarp) return value;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, warps = lanes / kWarp;
-  if (threadIdx.x % kWarp == 0) scratch[warp] = value;
-  __syncthreads();
-  const S* const first = scratch + warp / warps * warps;
-  S sum = 0;
-  for (int i = 0; i < warps; ++i) sum += first[i];
-  return sum;
+  S values[1] = {value};
+  sum_over_group(values, lanes, scratch);
+  return values[0];
 }
 
 }  // namespace effkern::cuda

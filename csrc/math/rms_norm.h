@@ -1,33 +1,39 @@
-// RMSNorm (Zhang and Sennrich, 2019): y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + eps).
-// S is the accumulation type, V is S or a vector of it.
+// RMSNorm (Zhang and Sennrich, 2019): xhat = x * rstd, rstd = 1 / sqrt(mean(x^2) + eps);
+// grad_x = (g - xhat * mean(g * xhat)) * rstd.
 #pragma once
 
-#include "common/macros.h"
-#include "math/scalar.h"
+#include "math/norm.h"
 
 namespace effkern {
 
-template <class S>
-EFFKERN_INLINE S rms_norm_rstd(S sum_of_squares, int64_t features, S eps) {
-  return S(1) / square_root(sum_of_squares / static_cast<S>(features) + eps);
-}
+struct RmsNorm {
+  static constexpr int kNumbers = 1, kForwardSums = 1, kBackwardSums = 1;
+  static constexpr bool kHasOrigin = false, kHasBias = false;
 
-// With g = weight * grad and xhat = x * rstd:  dx = (g - xhat * mean(g * xhat)) * rstd.
-// `projection` is mean(g * xhat), one number a row.
-template <class S>
-EFFKERN_INLINE S rms_norm_projection(S sum_of_gx, S rstd, int64_t features) {
-  return sum_of_gx / static_cast<S>(features) * rstd;
-}
-
-template <class V, class S>
-EFFKERN_INLINE V rms_norm_grad_x(V g, V x, S rstd, S projection) {
-  return (g - x * rstd * projection) * rstd;
-}
-
-// One row's share of the weight's gradient.
-template <class V, class S>
-EFFKERN_INLINE V rms_norm_grad_weight(V grad, V x, S rstd) {
-  return grad * (x * rstd);
-}
+  template <class V, class S>
+  EFFKERN_INLINE void add_forward(NormSums<V>& sums, V x, S /*origin*/) {
+    sums.first += x * x;
+  }
+  template <class S>
+  EFFKERN_INLINE NormRow<S> kept(NormSums<S> sums, S /*origin*/, int64_t features, S eps) {
+    return {S(0), S(1) / square_root(sums.first / static_cast<S>(features) + eps)};
+  }
+  template <class V, class S>
+  EFFKERN_INLINE V normalised(V x, NormRow<S> row) {
+    return x * row.rstd;
+  }
+  template <class V, class S>
+  EFFKERN_INLINE void add_backward(NormSums<V>& sums, V g, V x, NormRow<S> /*row*/) {
+    sums.first += g * x;
+  }
+  template <class S>
+  EFFKERN_INLINE NormProjection<S> projection(NormSums<S> sums, NormRow<S> row, int64_t features) {
+    return {sums.first / static_cast<S>(features) * row.rstd, S(0)};
+  }
+  template <class V, class S>
+  EFFKERN_INLINE V grad_x(V g, V x, NormRow<S> row, NormProjection<S> projection) {
+    return (g - x * row.rstd * projection.on_xhat) * row.rstd;
+  }
+};
 
 }  // namespace effkern

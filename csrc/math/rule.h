@@ -6,7 +6,8 @@
 //   kVariants, variant()    which of the compiled forms the options ask for
 //   has_state(variant, i)   whether that form reads and writes state i
 //   is_signed(i)            whether values of state i may be negative
-//   Scalars<S>              what one tensor needs at one step, in the accumulation type S
+//   Scalars<S>              what one tensor needs at one step, in the accumulation type S; its
+//                           `sign` is what gradients are multiplied by before all else
 //   scalars<S>(lr, t)       the same for step t, counted from 1
 //   update<variant>(...)    the formula
 //

@@ -42,7 +42,7 @@ class BackendStatus:
 
 
 #: Every family has all four backends.
-_OPS = ("adam", "rms_norm")
+_OPS = ("adam", "rms_norm", "crms_norm", "layer_norm")
 
 
 def triton_interprets() -> bool:

@@ -1,6 +1,6 @@
 """Layers that stand in for those of `torch.nn`."""
 
 from effkern.nn import functional
-from effkern.nn.norm import RMSNorm
+from effkern.nn.norm import CRMSNorm, LayerNorm, RMSNorm
 
-__all__ = ["RMSNorm", "functional"]
+__all__ = ["CRMSNorm", "LayerNorm", "RMSNorm", "functional"]

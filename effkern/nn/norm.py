@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effkern.nn.functional import rms_norm
+from effkern.nn.functional import crms_norm, layer_norm, rms_norm
 
-__all__ = ["RMSNorm"]
+__all__ = ["CRMSNorm", "LayerNorm", "RMSNorm"]
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -33,3 +33,89 @@ class RMSNorm(torch.nn.RMSNorm):
         if residual is None:
             return rms_norm(x, self.normalized_shape, self.weight, self.eps)
         return rms_norm(x, self.normalized_shape, self.weight, self.eps, residual=residual)
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """Drop-in for `torch.nn.LayerNorm`: same arguments, parameters, state_dict and result, one
+    fused kernel.
+
+    Args:
+        normalized_shape: the trailing dimensions of the input that are normalised together, or the
+            last one's size.
+        eps: added to the variance.
+        elementwise_affine: whether there is a learnable ``weight`` of shape ``normalized_shape``,
+            at first one.
+        bias: whether there is a learnable ``bias`` of the same shape too, at first zero.
+        device, dtype: of both.
+    """
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Normalise x, or x + residual: see `effkern.nn.functional.layer_norm`.
+
+        Returns:
+            y like x; with a residual the pair ``(y, x + residual)``.
+        """
+        arguments = x, self.normalized_shape, self.weight, self.bias, self.eps
+        if residual is None:
+            return layer_norm(*arguments)
+        return layer_norm(*arguments, residual=residual)
+
+
+class CRMSNorm(torch.nn.Module):
+    """The RMSNorm of d features whose sum is zero, of which the last is not stored: inputs and
+    outputs have d - 1.
+
+    Args:
+        d: the number of features that the input stands for.
+        eps: added to the mean square; None stands for the machine epsilon of the accumulation
+            dtype.
+        elementwise_affine: whether there is a learnable ``weight`` of shape ``(d - 1,)``, at first
+            one.
+        device, dtype: of the weight.
+
+    Raises:
+        ValueError: if d is less than 2.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        eps: float | None = None,
+        elementwise_affine: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight: torch.nn.Parameter | None
+        if d < 2:
+            raise ValueError(f"CRMSNorm: d must be at least 2, got {d}")
+        self.d, self.eps, self.elementwise_affine = d, eps, elementwise_affine
+        weight = torch.empty(d - 1, device=device, dtype=dtype) if elementwise_affine else None
+        self.register_parameter("weight", None if weight is None else torch.nn.Parameter(weight))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight to one."""
+        if self.weight is not None:
+            torch.nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalise x, or x + residual: see `effkern.nn.functional.crms_norm`.
+
+        Returns:
+            y like x; with a residual the pair ``(y, x + residual)``.
+
+        Raises:
+            RuntimeError: if x has not d - 1 features.
+        """
+        if x.dim() and x.shape[-1] != self.d - 1:
+            raise RuntimeError(
+                f"CRMSNorm: x must have d - 1 = {self.d - 1} features, got shape {tuple(x.shape)}"
+            )
+        if residual is None:
+            return crms_norm(x, self.weight, self.eps)
+        return crms_norm(x, self.weight, self.eps, residual=residual)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"{self.d}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"

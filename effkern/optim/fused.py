@@ -119,7 +119,9 @@ class FusedOptimizer(Optimizer):
         and scales of their own.
         """
         # Before the hooks that see, and may replace, what is returned.
-        hook = self.register_state_dict_post_hook(export, prepend=True)
+        hook = self.register_state_dict_post_hook(
+            lambda _, state_dict: export(self, state_dict), prepend=True
+        )
         try:
             return super().state_dict()
         finally:

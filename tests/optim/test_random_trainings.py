@@ -7,6 +7,7 @@ other side is torch's class, one tensor after another in float64.
 from __future__ import annotations
 
 import copy
+import io
 import math
 import pickle
 from collections.abc import Callable
@@ -220,3 +221,84 @@ def run(training: Training) -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_a_training(seed: int) -> None:
     run(Training(seed))
+
+
+# ---- what must not change a bit, however states are stored ----
+
+
+def copied(optimizer: Optimizer) -> Optimizer:
+    return copy.deepcopy(optimizer)
+
+
+def pickled(optimizer: Optimizer) -> Optimizer:
+    return pickle.loads(pickle.dumps(optimizer))  # type: ignore[no-any-return]
+
+
+def filed(optimizer: Optimizer) -> Optimizer:
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    optimizer.load_state_dict(torch.load(file))
+    return optimizer
+
+
+def shared(optimizer: Optimizer) -> Optimizer:
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.share_memory_()
+    return optimizer
+
+
+def moved(optimizer: Optimizer) -> Optimizer:
+    for p in optimizer.param_groups[0]["params"]:
+        p.data = p.data.clone()
+    return optimizer
+
+
+def restored(optimizer: Optimizer) -> Optimizer:
+    """States as tensors of their own."""
+    for state in optimizer.state.values():
+        for key in state:
+            state[key] = state[key].clone()
+    return optimizer
+
+
+INTERRUPTIONS = (copied, pickled, filed, shared, moved, restored)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_interruptions(seed: int) -> None:
+    random = Random(seed)
+    kind = random.choice(list(FLAGS))
+    options = {
+        **random.choice(FLAGS[kind]),
+        "state_dtype": random.choice([None, torch.float32, torch.bfloat16, "int8"]),
+        "master_weights": random.random() < 0.5,
+        "stochastic_rounding": random.random() < 0.4,
+        "max_grad_norm": random.choice([None, 1.0]),
+    }
+    dtypes = (torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)
+    values = [
+        torch.randn(random.choice([*SHAPES, (256,), (257,)])).to(random.choice(dtypes))
+        for _ in range(4)
+    ]
+    one, other = (kind([Parameter(v.clone()) for v in values], **options) for _ in range(2))
+    for number in range(6):
+        one = random.choice(INTERRUPTIONS)(one)
+        grads = [torch.randn_like(v) if random.random() > 0.15 else None for v in values]
+        scale = random.choice([None, 4.0])
+        infinite = scale is not None and number > 1 and random.random() < 0.3
+        for optimizer in (one, other):
+            for p, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+                p.grad = None if grad is None else grad.clone()
+            if scale is not None:
+                optimizer.grad_scale = torch.tensor(scale)  # type: ignore[attr-defined]
+                optimizer.found_inf = torch.tensor(float(infinite))  # type: ignore[attr-defined]
+            optimizer.step()
+            optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]
+        for a, b in zip(*(o.param_groups[0]["params"] for o in (one, other)), strict=True):
+            assert torch.equal(a, b)
+            mine, theirs = one.state.get(a, {}), other.state.get(b, {})
+            assert list(mine) == list(theirs)
+            assert all(mine[key].dtype == theirs[key].dtype for key in mine)
+            assert all(torch.equal(mine[key], theirs[key]) for key in mine)

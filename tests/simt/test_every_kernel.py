@@ -13,6 +13,7 @@ from torch import Tensor
 from effkern.backends.reference.dtypes import accumulation_dtype
 from tests.simt import build, stored
 from tests.simt.variants import CHUNK, DTYPES, VARIANTS, Variant, at_offset
+from tests.support.norms import CRMS, NORMS, Norm, every_norm
 from tests.support.rules import Tensors, random_tensors
 
 pytestmark = pytest.mark.skipif(not build.available(), reason="no C++ compiler")
@@ -48,44 +49,52 @@ def test_steps_take_any_address(variant: Variant, dtype: torch.dtype) -> None:
                 close(a, e, dtype)
 
 
+def comparable(norm: Norm, kept: Tensor, features: int) -> Tensor:
+    """What is kept of rows, as numbers around one."""
+    return torch.stack((kept[0] / features**0.5, kept[1])) if norm is CRMS else kept
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["held", "long"])
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
-def test_rms_norm_takes_any_address(dtype: torch.dtype, kind: str, offset: int) -> None:
+@every_norm
+def test_norms_take_any_address(norm: Norm, dtype: torch.dtype, kind: str, offset: int) -> None:
     build.load()
-    ops = torch.ops.effkern
     # 300 features: groups of several warps; 24: several rows to a warp.
-    for rows, features in [(9, 24), (5, 296), (40, 304)] if kind == "held" else [(9, 16400)]:
+    for rows, features in [(9, 24), (5, 296), (40, 304)] if kind == "held" else [(5, 16400)]:
         x, residual, grad, grad_total = (
             at_offset(torch.randn(rows, features).to(dtype), offset) for _ in range(4)
         )
-        for weight_dtype in {dtype, accumulation_dtype(dtype)}:
-            weight = at_offset(torch.rand(features).to(weight_dtype), offset)
+        for of_parameters in {dtype, accumulation_dtype(dtype)}:
+            made = norm.random_parameters((features,))
+            parameters = [at_offset(p.to(of_parameters), offset) for p in made]
+            none, all_, weight = [None] * len(made), [True] * len(made), parameters[0]
             outputs = []
             for overload in ("simt", "reference"):
-                add_forward = getattr(ops._add_rms_norm_forward, overload)
-                forward = getattr(ops._rms_norm_forward, overload)
-                backward = getattr(ops._rms_norm_backward, overload)
-                y, total, rstd = add_forward(x, residual, weight, 1, 1e-5)
-                plain = forward(x, None, 1, 1e-5)
-                both = backward(grad, grad_total, total, weight, rstd, 1, True, True)
-                grad_x = backward(grad, None, total, None, rstd, 1, True, False)
-                grad_weight = backward(grad, None, total, weight, rstd, 1, False, True)
-                outputs.append([y, total, rstd, *plain, *both, *grad_x, *grad_weight])
+                forward, add_forward, backward = (
+                    norm.op(kind, overload) for kind in ("forward", "add_forward", "backward")
+                )
+                y, total, kept = add_forward(x, residual, *parameters, 1, 1e-5)
+                plain = forward(x, *none, 1, 1e-5)
+                both = backward(grad, grad_total, total, weight, kept, 1, True, *all_)
+                grad_x = backward(grad, None, total, None, kept, 1, True, *[False] * len(made))
+                alone = backward(grad, None, total, weight, kept, 1, False, *all_)
+                numbers = [comparable(norm, k, features) for k in (kept, plain[1])]
+                outputs.append([y, total, *numbers, plain[0], *both, *grad_x, *alone])
             for actual, expected in zip(*outputs, strict=True):
                 close(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("features", [24, 296, 8200])
-def test_rows_may_be_strided_differently(features: int) -> None:
+@every_norm
+def test_rows_may_be_strided_differently(norm: Norm, features: int) -> None:
     build.load()
     shape = (3, 4, features)
     dense = torch.randn(shape)
     strided = torch.randn(3, 4, features + 4)[..., :features]
     permuted = torch.randn(4, 3, features).transpose(0, 1)
     row = torch.randn(features).expand(shape)
-    weight = torch.rand(features)
-    ops = torch.ops.effkern
+    parameters = norm.random_parameters((features,))
     for x, residual, grad, grad_total in (
         (strided, permuted, row, dense),
         (permuted, row, dense, strided),
@@ -94,23 +103,22 @@ def test_rows_may_be_strided_differently(features: int) -> None:
     ):
         outputs = []
         for overload in ("simt", "reference"):
-            y, total, rstd = getattr(ops._add_rms_norm_forward, overload)(
-                x, residual, weight, 1, 1e-5
+            y, total, kept = norm.op("add_forward", overload)(x, residual, *parameters, 1, 1e-5)
+            _, of_x = norm.op("forward", "reference")(x, *parameters, 1, 1e-5)
+            wants = [True] * len(parameters)
+            gradients = norm.op("backward", overload)(
+                grad, grad_total, x, parameters[0], of_x, 1, True, *wants
             )
-            backward = getattr(ops._rms_norm_backward, overload)
-            gradients = backward(
-                grad, grad_total, x, weight, x.square().mean(-1).rsqrt(), 1, True, True
-            )
-            outputs.append([y, total, rstd, *gradients])
+            outputs.append([y, total, comparable(norm, kept, features), *gradients])
         for actual, expected in zip(*outputs, strict=True):
             close(actual, expected, torch.float32)
 
 
 def test_every_instance_runs() -> None:
     """Of each dtype: one kernel for each variant of a rule and a second one for LAMB, one of sums
-    of squares, four of the forward's two (aligned or not), six of the backward's three, one of the
-    sum of shares. For tensors stored otherwise, two for each launch of a variant, with states in 8
-    bits and without, but one where there are no states.
+    of squares, one of the sum of shares, and for each norm four of the forward's two (aligned or
+    not) and six of the backward's three. For tensors stored otherwise, two for each launch of a
+    variant, with states in 8 bits and without, but one where there are no states.
     """
     simt = build.load()
     for dtype, variant in product(DTYPES, VARIANTS):
@@ -120,11 +128,14 @@ def test_every_instance_runs() -> None:
         )
     for variant, way in stored.CASES:
         way.make(variant, [1]).step(stored.overload(variant))
-    for dtype, features in product(DTYPES, (8, 9, 16400, 16401)):
-        x, weight = torch.randn(1, features).to(dtype), torch.ones(features, dtype=dtype)
-        _, rstd = torch.ops.effkern._rms_norm_forward.simt(x, weight, 1, 1e-5)
-        torch.ops.effkern._rms_norm_backward.simt(x, None, x, weight, rstd, 1, True, True)
-    assert simt.kernels() == 4 * (len(VARIANTS) + 2 + 4 + 6 + 1) + 2 * (len(VARIANTS) + 1) - 1
+    for norm, dtype, features in product(NORMS, DTYPES, (8, 9, 16400, 16401)):
+        x = torch.randn(1, features).to(dtype)
+        parameters = norm.random_parameters((features,), dtype=dtype)
+        wants = [True] * len(parameters)
+        _, kept = norm.op("forward", "simt")(x, *parameters, 1, 1e-5)
+        norm.op("backward", "simt")(x, None, x, parameters[0], kept, 1, True, *wants)
+    of_norms = len(NORMS) * (4 + 6) + 1
+    assert simt.kernels() == 4 * (len(VARIANTS) + 2 + of_norms) + 2 * (len(VARIANTS) + 1) - 1
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
@@ -155,21 +166,22 @@ def test_the_order_of_threads_and_blocks_does_not_change_lamb(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("kind", ["groups of lanes", "groups of warps", "long rows"])
-def test_the_order_of_threads_and_blocks_changes_nothing(kind: str) -> None:
+@every_norm
+def test_the_order_of_threads_and_blocks_changes_nothing(norm: Norm, kind: str) -> None:
     simt = build.load()
     rows, features = {
         "groups of lanes": (70, 24),
         "groups of warps": (40, 700),
         "long rows": (20, 8200),
     }[kind]
-    x, grad, weight = torch.randn(rows, features), torch.randn(rows, features), torch.rand(features)
+    x, grad = torch.randn(rows, features), torch.randn(rows, features)
+    parameters = norm.random_parameters((features,))
+    wants = [True] * len(parameters)
     results = []
     for seed in range(3):
         simt.seed(seed)
-        y, rstd = torch.ops.effkern._rms_norm_forward.simt(x, weight, 1, 1e-5)
-        gradients = torch.ops.effkern._rms_norm_backward.simt(
-            grad, None, x, weight, rstd, 1, True, True
-        )
-        results.append([y, rstd, *gradients])
+        y, kept = norm.op("forward", "simt")(x, *parameters, 1, 1e-5)
+        gradients = norm.op("backward", "simt")(grad, None, x, parameters[0], kept, 1, True, *wants)
+        results.append([y, kept, *gradients])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

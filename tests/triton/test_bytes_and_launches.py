@@ -7,14 +7,14 @@ from math import ceil
 import pytest
 import torch
 
-from effkern.backends.triton.rms_norm import (
+from effkern.backends.triton.norm_kernels import (
     BACKWARD_ROW_BYTES,
     FORWARD_ROW_BYTES,
-    rms_norm_backward,
-    rms_norm_forward,
+    ORIGIN_FEATURES,
     tile_for,
 )
 from tests.simt.variants import CHUNK, VARIANTS, Variant, blocks_of
+from tests.support.norms import LAYER, Norm, every_norm
 from tests.support.rules import random_tensors
 from tests.triton.interpreter import Counts, counting
 from tests.triton.planned import Planned
@@ -135,37 +135,55 @@ BACKWARD_SHAPES = [(40, 96), (9, 8192), (9, 8193)]
 @dtypes
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("shape", FORWARD_SHAPES, ids=str)
-def test_rms_norm_forward(dtype: torch.dtype, residual: bool, shape: tuple[int, int]) -> None:
+@every_norm
+def test_the_forward_pass_of_norms(
+    norm: Norm, dtype: torch.dtype, residual: bool, shape: tuple[int, int]
+) -> None:
     rows, features = shape
     x = torch.rand(shape).to(dtype)
+    forward = norm.op("add_forward" if residual else "forward", "triton")
+    tensors = [x, x] if residual else [x]
     with counting() as counts:
-        rms_norm_forward(x, x if residual else None, torch.rand(features), 1, 1e-6)
+        forward(*tensors, *norm.random_parameters((features,)), 1, 1e-6)
     tile = tile_for(features, torch.float32, FORWARD_ROW_BYTES)
-    tensor, weight = rows * features * dtype.itemsize, ceil(rows / tile.rows) * features * 4
-    reads = (1 + residual) + (tile.columns > 1)  # a long row's second read
-    assert counts == Counts(1, reads * tensor + weight, (1 + residual) * tensor + rows * 4)
+    tensor = rows * features * dtype.itemsize
+    parameters = norm.parameters * ceil(rows / tile.rows) * features * 4
+    reads = len(tensors) + (tile.columns > 1)  # a long row's second read
+    origin = 0
+    if tile.columns > 1 and norm is LAYER:
+        origin = len(tensors) * rows * ORIGIN_FEATURES.value * dtype.itemsize
+    written = len(tensors) * tensor + norm.numbers * rows * 4
+    assert counts == Counts(1, reads * tensor + parameters + origin, written)
 
 
 @dtypes
-@pytest.mark.parametrize("wants_weight", [False, True], ids=["x", "x and weight"])
+@pytest.mark.parametrize("wants_weight", [False, True], ids=["x", "x and parameters"])
 @pytest.mark.parametrize("shape", BACKWARD_SHAPES, ids=str)
-def test_rms_norm_backward(dtype: torch.dtype, wants_weight: bool, shape: tuple[int, int]) -> None:
+@every_norm
+def test_the_backward_pass_of_norms(
+    norm: Norm, dtype: torch.dtype, wants_weight: bool, shape: tuple[int, int]
+) -> None:
     rows, features = shape
-    x, weight, rstd = torch.rand(shape).to(dtype), torch.rand(features), torch.rand(rows)
+    x, weight = torch.rand(shape).to(dtype), torch.rand(features)
+    kept = torch.rand(norm.numbers, rows)
+    wants, sums = [wants_weight] * norm.parameters, norm.parameters
     with counting() as counts:
-        rms_norm_backward(x, x, x, weight, rstd, 1, True, wants_weight)
+        norm.op("backward", "triton")(x, x, x, weight, kept, 1, True, *wants)
     tile = tile_for(features, torch.float32, BACKWARD_ROW_BYTES)
     stretches = ceil(rows / max(8, tile.rows))
-    tensor, row, numbers = rows * features * dtype.itemsize, features * 4, rows * 4
+    tensor, row, number = rows * features * dtype.itemsize, features * 4, rows * 4
+    numbers, means = norm.numbers * number, (2 if norm is LAYER else 1) * number
 
     expected = Counts(1, 3 * tensor + stretches * row + numbers, tensor)
     if tile.columns > 1:
-        # First what each row's mean needs; then, for each block of columns, that mean beside rstd.
+        # First what each row's means need; then, for each block of columns, those beside what is
+        # kept of the row.
         expected.launches += 1
-        expected.read += 2 * tensor + rows * row + numbers + (2 * tile.columns - 1) * numbers
-        expected.written += numbers
+        expected.read += 2 * tensor + rows * row
+        expected.read += tile.columns * (numbers + means)
+        expected.written += means
     if wants_weight:
         expected.launches += 1
-        expected.read += stretches * row
-        expected.written += stretches * row + row
+        expected.read += sums * stretches * row
+        expected.written += sums * (stretches * row + row)
     assert counts == expected

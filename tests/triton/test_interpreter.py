@@ -30,7 +30,7 @@ SUITES = [
 NEEDED = {
     "tests.ops.test_step",
     "tests.ops.test_step_storage",
-    "tests.ops.test_rms_norm",
+    "tests.ops.test_norm",
     "tests.optim.test_every_rule",
     "tests.triton.test_step_on_device",
     "tests.triton.test_storage_and_clipping",

@@ -13,7 +13,7 @@ ADAGRAD = {"lr": 1e-3, "lr_decay": 0.0, "eps": 1e-8, "weight_decay": 0.0, "maxim
 
 @pytest.mark.skipif(bool(why_no_triton()), reason=why_no_triton())
 def test_a_cpu_tensor_needs_the_interpreter() -> None:
-    from effkern.backends.triton.rms_norm import rms_norm_forward
+    from effkern.backends.triton.norm import rms_norm_forward
     from effkern.backends.triton.step import step_
 
     message = (

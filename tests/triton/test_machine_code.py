@@ -10,7 +10,7 @@ from effkern.bench.machine_code import ARCHITECTURES, Row, why_no_triton
 pytestmark = pytest.mark.skipif(bool(why_no_triton()), reason=why_no_triton())
 
 #: These write a few numbers a row, one row or one number in all, or states in 8 bits alone.
-WRITES_LITTLE = ("rms_norm_projection", "rms_norm_grad_weight", "squares")
+WRITES_LITTLE = ("norm_projection", "norm_sum_shares", "squares")
 WRITES_NARROW = "triton lamb_advance float32, int8"
 
 #: Compiled for each architecture; the rest for one, for the sake of time. The whole table is that
@@ -23,8 +23,10 @@ EVERYWHERE = {
     ("lamb", "float32 on the device"),
     ("adam", "float32, int8"),
     ("adam", "bfloat16, float32, masters"),
-    ("rms_norm_forward", "float32 x 16384"),
-    ("rms_norm_backward", "float32 x 8192"),
+    ("rms_norm_forward", "rms_norm float32 x 16384"),
+    ("rms_norm_backward", "rms_norm float32 x 8192"),
+    ("layer_norm_forward", "layer_norm float32 x 16384"),
+    ("layer_norm_backward", "layer_norm float32 x 8192"),
 }
 ONE = 90
 
@@ -41,15 +43,17 @@ def rows() -> list[Row]:
 
 
 def family(row: Row) -> str:
-    """The kernel without its dtype and sizes: a row is named "triton rms_norm_forward float32"."""
+    """The kernel without the rest: a row is named "triton norm_forward rms_norm float32"."""
     return row.kernel.split()[1]
 
 
 def test_every_kernel_is_there(rows: list[Row]) -> None:
-    from effkern.backends.triton import rms_norm
+    from effkern.backends.triton import norm_kernels
     from effkern.backends.triton.rules import RULES
 
-    kernels = {name.removesuffix("_kernel") for name in vars(rms_norm) if name.endswith("_kernel")}
+    kernels = {
+        name.removesuffix("_kernel") for name in vars(norm_kernels) if name.endswith("_kernel")
+    }
     kernels |= {f"{rule}_update" for rule in RULES} | {"lamb_advance", "squares"}
     assert {family(row) for row in rows} == kernels
     assert {row.arch for row in rows} == set(ARCHITECTURES)
@@ -72,9 +76,9 @@ def test_registers_allow_the_occupancy_that_the_kernels_state(rows: list[Row]) -
             assert row.registers <= 80, row  # eight elements a thread
         elif family(row).endswith(("_update", "_advance")) or family(row) == "squares":
             assert row.registers <= 64, row
-        elif family(row) == "rms_norm_forward":
+        elif family(row) == "norm_forward":
             assert row.registers <= 64, row  # up to 1,024 threads a program
-        elif family(row) == "rms_norm_backward":
+        elif family(row) == "norm_backward":
             assert row.registers <= 128, row  # up to 512 threads a program
 
 
@@ -94,7 +98,12 @@ def test_what_a_launch_may_specialise_compiles(
 ) -> None:
     """Triton compiles integers that are 1, and None, as constants: each is another program."""
     from effkern.backends.triton.machine_code import compile_for, record
-    from effkern.backends.triton.rms_norm import rms_norm_backward, rms_norm_forward
+    from effkern.backends.triton.norm import (
+        layer_norm_backward,
+        layer_norm_forward,
+        rms_norm_backward,
+        rms_norm_forward,
+    )
 
     x = torch.empty_strided(shape, strides, device="meta")
     rstd = torch.empty(shape[:-1], device="meta")
@@ -105,8 +114,12 @@ def test_what_a_launch_may_specialise_compiles(
         rms_norm_forward(x, x, None, 1, 1e-6)
         rms_norm_backward(x, None, x, None, rstd, 1, True, False)
         rms_norm_backward(x, x, x, weight, rstd, 1, False, True)
+        kept = torch.stack((rstd, rstd))
+        layer_norm_forward(x, x, weight, weight, 1, 1e-6)
+        layer_norm_backward(x, x, x, weight, kept, 1, True, False, True)
+        layer_norm_backward(x, None, x, None, kept, 1, True, False, False)
 
     launches = record(calls)
-    assert len(launches) >= 5
+    assert len(launches) >= 8
     for launch in launches:
         assert compile_for(launch, 90).asm["cubin"]

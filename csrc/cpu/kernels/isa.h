@@ -15,11 +15,9 @@
 
 namespace effkern::cpu::EFFKERN_ISA {
 
-void rms_norm_forward(const RmsNormForward&, int64_t begin, int64_t end);
-void rms_norm_backward(const RmsNormBackward&, int64_t chunk_rows, void* partial, int64_t begin,
-                       int64_t end);
-void rms_norm_weight(const RmsNormBackward&, int64_t chunks, const void* partial, int64_t begin,
-                     int64_t end);
+NormKernels rms_norm();
+NormKernels crms_norm();
+NormKernels layer_norm();
 #define EFFKERN_DECLARE(Rule, name) \
   void name(const StepTask&, const Rule&, int64_t begin, int64_t end);
 EFFKERN_ONE_PASS_RULES(EFFKERN_DECLARE)

@@ -219,7 +219,7 @@ class CodedStates {
   // Updates a block into `next`; where kEncodes, stores the codes of `last` meanwhile.
   template <bool kEncodes>
   void update_set(const Block<Rule>& block, const int64_t* row, int64_t begin, int64_t count,
-                  const typename Rule::template Scalars<float> scalars, Waiting& next,
+                  typename Rule::template Scalars<float> scalars, Waiting& next,
                   const Waiting& last) {
     Codes copies[kMostStates];
     const uint8_t* codes[kMostStates] = {};
@@ -232,11 +232,11 @@ class CodedStates {
     }
     float* const params = block.param;
     const float* const grads = block.grad;
-    const float factor = block.factor;
+    scalars.sign *= block.factor;  // one product less
     Words most[kMostStates] = {};
     // `lanes` of the vector are values; behind them what a formula makes of zeros is none.
     const auto update_vector = [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
-      Floats param = load(params + i), grad = load(grads + i) * factor, state[kMostStates] = {};
+      Floats param = load(params + i), grad = load(grads + i), state[kMostStates] = {};
       for (int s = 0; s < kMostStates; ++s) {
         if (!Rule::has_state(kVariant, s)) continue;
         state[s] = decoded(codes[s] + i, scale[s], Rule::is_signed(s));

@@ -5,9 +5,9 @@ namespace effkern::cpu::EFFKERN_ISA {
 Kernels kernels() {
   Kernels all;
   all.isa = EFFKERN_NAME_OF(EFFKERN_ISA);
-  all.rms_norm_forward = rms_norm_forward;
-  all.rms_norm_backward = rms_norm_backward;
-  all.rms_norm_weight = rms_norm_weight;
+  all.norms[static_cast<int>(Norm::kRms)] = rms_norm();
+  all.norms[static_cast<int>(Norm::kCrms)] = crms_norm();
+  all.norms[static_cast<int>(Norm::kLayer)] = layer_norm();
 #define EFFKERN_SET(Rule, name) all.name = name;
   EFFKERN_ONE_PASS_RULES(EFFKERN_SET)
 #undef EFFKERN_SET

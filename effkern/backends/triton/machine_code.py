@@ -22,8 +22,8 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from effkern.backends.table import QUANTIZED_BLOCK
+from effkern.backends.triton import norm as norms
 from effkern.backends.triton.numerics import TRITON_DTYPE
-from effkern.backends.triton.rms_norm import rms_norm_backward, rms_norm_forward
 from effkern.backends.triton.rules import RULES
 from effkern.backends.triton.squares import squares_
 from effkern.backends.triton.step import step_
@@ -85,12 +85,13 @@ def main_paths() -> Iterator[Path]:
         name = str(dtype).removeprefix("torch.")
         yield Path("adam", name, partial(_step, "adam", dtype))
         yield Path("adam", f"{name} amsgrad", partial(_step, "adam", dtype, amsgrad=True))
-        for features in (768, 16384, 65536):
-            forward = partial(_rms_norm_forward, dtype, features)
-            yield Path("rms_norm_forward", f"{name} x {features}", forward)
-        for features in (768, 8192, 16384):
-            backward = partial(_rms_norm_backward, dtype, features)
-            yield Path("rms_norm_backward", f"{name} x {features}", backward)
+        for norm in ("rms_norm", "crms_norm", "layer_norm"):
+            for features in (768, 16384, 65536):
+                forward = partial(_norm_forward, norm, dtype, features)
+                yield Path(f"{norm}_forward", f"{norm} {name} x {features}", forward)
+            for features in (768, 8192, 16384):
+                backward = partial(_norm_backward, norm, dtype, features)
+                yield Path(f"{norm}_backward", f"{norm} {name} x {features}", backward)
     for rule in RULES:
         if rule != "adam":
             yield Path(rule, "float32", partial(_step, rule, torch.float32))
@@ -291,12 +292,15 @@ def _squares() -> None:
     )
 
 
-def _rms_norm_forward(dtype: torch.dtype, features: int) -> None:
+def _norm_forward(norm: str, dtype: torch.dtype, features: int) -> None:
     x = torch.empty(_ROWS, features, dtype=dtype, device="meta")
-    rms_norm_forward(x, x, x[0], 1, 1e-6)
+    parameters = [x[0]] * (2 if norm == "layer_norm" else 1)
+    getattr(norms, f"{norm}_forward")(x, x, *parameters, 1, 1e-6)
 
 
-def _rms_norm_backward(dtype: torch.dtype, features: int) -> None:
+def _norm_backward(norm: str, dtype: torch.dtype, features: int) -> None:
     x = torch.empty(_ROWS, features, dtype=dtype, device="meta")
-    rstd = torch.empty(_ROWS, dtype=torch.float32, device="meta")
-    rms_norm_backward(x, x, x, x[0], rstd, 1, True, True)
+    numbers = 1 if norm == "rms_norm" else 2
+    kept = torch.empty(numbers * _ROWS, dtype=torch.float32, device="meta")
+    wants = [True] * (2 if norm == "layer_norm" else 1)
+    getattr(norms, f"{norm}_backward")(x, x, x, x[0], kept, 1, True, *wants)

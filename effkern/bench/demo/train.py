@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import effkern
-from effkern.bench.demo import changes, text
+from effkern.bench.demo import text
 from effkern.bench.demo.memory import peak_memory
 from effkern.bench.demo.model import ByteGPT, ModelShape
 from effkern.bench.progress import Report, silent
@@ -171,7 +171,7 @@ def make_sides(settings: DemoSettings) -> tuple[Side, Side, int]:
     torch.manual_seed(settings.seed)
     model = ByteGPT(settings.shape).to(settings.device)
     ours = copy.deepcopy(model)
-    swapped = changes.swap_norms(ours)
+    swapped = len(effkern.swap_norms(ours).swapped)
     return (
         Side(
             STOCK,

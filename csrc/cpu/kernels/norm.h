@@ -1,0 +1,333 @@
+// Norms of rows, a row at a time: the first pass over a row brings it into the nearest cache and
+// the others find it there, so each byte of memory is read once and written once. What the .cpp
+// file of a formula instantiates. cpu/kernels/isa.h must come first.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "math/norm.h"
+
+#define EFFKERN_LAMBDA __attribute__((always_inline))
+
+namespace effkern::cpu::EFFKERN_ISA {
+namespace {
+
+// Outputs beyond this many bytes are written past the caches: they would not stay there until their
+// reader comes.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
+// Calls body(i, count, slot) for each vector of a row; count is less than a vector only for the
+// last. Consecutive vectors have different slots of kSlots, so that a sum kept per slot does not
+// wait for the addition before.
+constexpr int kSlots = 4;
+template <class T, class Body>
+EFFKERN_INLINE void for_each_vector(int64_t features, const Body& body) {
+  constexpr int64_t kStep = kLanes<T>;
+  int64_t i = 0;
+  for (; i + kSlots * kStep <= features; i += kSlots * kStep) {
+    body(i, kStep, 0);
+    body(i + kStep, kStep, 1);
+    body(i + 2 * kStep, kStep, 2);
+    body(i + 3 * kStep, kStep, 3);
+  }
+  for (; i + kStep <= features; i += kStep) body(i, kStep, 0);
+  if (i < features) body(i, features - i, 1);
+}
+
+// Whether an output of contiguous rows is to be written past the caches. All vectors are then whole
+// and aligned.
+template <class T>
+bool is_streamed(const void* output, int64_t rows, int64_t features) {
+  const int64_t row_bytes = features * static_cast<int64_t>(sizeof(T));
+  return rows * row_bytes >= kStreamBytes && row_bytes % EFFKERN_VECTOR_BYTES == 0 &&
+         reinterpret_cast<uintptr_t>(output) % EFFKERN_VECTOR_BYTES == 0;
+}
+
+template <class T>
+EFFKERN_INLINE void put(T* p, Vec<T> v, int64_t count, bool streamed) {
+  if (streamed) {
+    stream(p, v);
+  } else {
+    store_some(p, v, count);
+  }
+}
+
+// The storage type of a weight that is not there.
+struct NoWeight {};
+
+// A number as a type.
+template <int kNumber>
+struct Count {
+  static constexpr int kCount = kNumber;
+};
+
+template <class W, class V>
+EFFKERN_INLINE V weighted(V v, const W* weight, int64_t i, int64_t count) {
+  if constexpr (__is_same(W, NoWeight)) {
+    return v;
+  } else {
+    return v * load_some(weight + i, count);
+  }
+}
+
+template <class V>
+EFFKERN_INLINE NormSums<V> merged(const NormSums<V>& a, const NormSums<V>& b) {
+  return {a.first + b.first, a.second + b.second};
+}
+
+// The sums over a row, where add(sums, i, count) adds the vector at `i` to some of them. They are
+// taken of a block at a time: beside one value far larger than the others, or after very many, a
+// sum that goes on has no digits left for more.
+template <class T, class Add>
+EFFKERN_INLINE NormSums<Acc<T>> sums_over(int64_t features, const Add& add) {
+  constexpr int64_t kBlock = 1024;
+  NormSums<Vec<T>> all = {};
+  for (int64_t block = 0; block < features; block += kBlock) {
+    NormSums<Vec<T>> slots[kSlots] = {};
+    const int64_t left = features - block;
+    for_each_vector<T>(left < kBlock ? left : kBlock,
+                       [&](int64_t i, int64_t count, int slot)
+                           EFFKERN_LAMBDA { add(slots[slot], block + i, count); });
+    all = merged(all, merged(merged(slots[0], slots[1]), merged(slots[2], slots[3])));
+  }
+  return {sum_lanes(all.first), sum_lanes(all.second)};
+}
+
+// The features at `i` of a normalised row, with weight and bias.
+template <bool kBias, class W, class V>
+EFFKERN_INLINE V affine(V v, const W* weight, const W* bias, int64_t i, int64_t count) {
+  v = weighted(v, weight, i, count);
+  if constexpr (kBias) v += load_some(bias + i, count);
+  return v;
+}
+
+// The numbers kept of a row: where there are two, all rows' first ones stand before the others.
+template <class N, class S>
+EFFKERN_INLINE void keep(void* statistics, int64_t rows, int64_t row, NormRow<S> numbers) {
+  S* const p = static_cast<S*>(statistics) + row;
+  if constexpr (N::kNumbers == 2) p[0] = numbers.first;
+  p[(N::kNumbers - 1) * rows] = numbers.rstd;
+}
+template <class N, class S>
+EFFKERN_INLINE NormRow<S> kept_of(const void* statistics, int64_t rows, int64_t row) {
+  const S* const p = static_cast<const S*>(statistics) + row;
+  return {N::kNumbers == 2 ? p[0] : S(0), p[(N::kNumbers - 1) * rows]};
+}
+
+template <class N, class T, class W, bool kBias, bool kResidual>
+void forward_rows(const NormForward& args, int64_t begin, int64_t end) {
+  using S = Acc<T>;
+  const int64_t features = args.features;
+  const W* const weight = static_cast<const W*>(args.weight);
+  const W* const bias = static_cast<const W*>(args.bias);
+  const bool y_streamed = is_streamed<T>(args.y, args.rows, features);
+  const bool total_streamed = kResidual && is_streamed<T>(args.total, args.rows, features);
+
+  for (int64_t row = begin; row < end; ++row) {
+    const T* const x = static_cast<const T*>(args.x) + row_offset(args.x_rows, row);
+    const T* residual = nullptr;
+    if constexpr (kResidual) {
+      residual = static_cast<const T*>(args.residual) + row_offset(args.residual_rows, row);
+    }
+    const auto total_at = [&](int64_t i, int64_t count) EFFKERN_LAMBDA {
+      Vec<T> v = load_some(x + i, count);
+      if constexpr (kResidual) v = rounded_to<T>(v + load_some(residual + i, count));
+      return v;
+    };
+
+    S origin = 0;
+    if constexpr (N::kHasOrigin) {
+      const int64_t first = features < kOriginFeatures ? features : kOriginFeatures;
+      Vec<T> sum = {};
+      for_each_vector<T>(
+          first, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA { sum += total_at(i, count); });
+      origin = sum_lanes(sum) / static_cast<S>(first);
+    }
+    const auto sums_about = [&](S origin) EFFKERN_LAMBDA {
+      const auto add = [&](NormSums<Vec<T>>& sums, int64_t i, int64_t count) EFFKERN_LAMBDA {
+        Vec<T> v = total_at(i, count);
+        // Past the end of the row stand zeros; at the origin they add nothing.
+        if constexpr (N::kHasOrigin) v = count == kLanes<T> ? v : with_rest<T>(v, count, origin);
+        N::add_forward(sums, v, origin);
+      };
+      return sums_over<T>(features, add);
+    };
+    NormSums<S> sums = sums_about(origin);
+    if constexpr (N::kHasOrigin) {
+      if (N::is_far(sums, features)) {
+        origin = N::mean(sums, origin, features);
+        sums = sums_about(origin);
+      }
+    }
+    const NormRow<S> numbers = N::kept(sums, origin, features, static_cast<S>(args.eps));
+    keep<N>(args.statistics, args.rows, row, numbers);
+
+    T* const y = static_cast<T*>(args.y) + row * features;
+    T* const total = static_cast<T*>(args.total) + (kResidual ? row * features : 0);
+    for_each_vector<T>(features, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA {
+      const Vec<T> v = total_at(i, count);
+      if constexpr (kResidual) put(total + i, v, count, total_streamed);
+      const Vec<T> xhat = N::normalised(v, numbers);
+      put(y + i, affine<kBias>(xhat, weight, bias, i, count), count, y_streamed);
+    });
+  }
+  if (y_streamed || total_streamed) finish_streams();
+}
+
+// `share` takes the rows' part of kSums sums for each feature, one after another, zero before the
+// first row.
+template <class N, class T, class W, int kSums, bool kGradTotal>
+void backward_rows(const NormBackward& args, Acc<T>* share, int64_t begin, int64_t end) {
+  using S = Acc<T>;
+  const int64_t features = args.features;
+  const W* const weight = static_cast<const W*>(args.weight);
+  const bool streamed = args.grad_x && is_streamed<T>(args.grad_x, args.rows, features);
+
+  for (int64_t row = begin; row < end; ++row) {
+    const T* const grad = static_cast<const T*>(args.grad) + row_offset(args.grad_rows, row);
+    const T* const x = static_cast<const T*>(args.x) + row_offset(args.x_rows, row);
+    const NormRow<S> numbers = kept_of<N, S>(args.statistics, args.rows, row);
+
+    const auto add = [&](NormSums<Vec<T>>& sums, int64_t i, int64_t count) EFFKERN_LAMBDA {
+      const Vec<T> g = load_some(grad + i, count), v = load_some(x + i, count);
+      N::add_backward(sums, weighted(g, weight, i, count), v, numbers);
+      if constexpr (kSums >= 1) {
+        S* const p = share + i;
+        store_some(p, load_some(p, count) + g * N::normalised(v, numbers), count);
+      }
+      if constexpr (kSums == 2) {
+        S* const p = share + features + i;
+        store_some(p, load_some(p, count) + g, count);
+      }
+    };
+    const NormSums<S> sums = sums_over<T>(features, add);
+    if (!args.grad_x) continue;
+
+    const NormProjection<S> projection = N::projection(sums, numbers, features);
+    T* const grad_x = static_cast<T*>(args.grad_x) + row * features;
+    const T* grad_total = nullptr;
+    if constexpr (kGradTotal) {
+      grad_total = static_cast<const T*>(args.grad_total) + row_offset(args.grad_total_rows, row);
+    }
+    for_each_vector<T>(features, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA {
+      const Vec<T> g = weighted(load_some(grad + i, count), weight, i, count);
+      Vec<T> out = N::grad_x(g, load_some(x + i, count), numbers, projection);
+      if constexpr (kGradTotal) out += load_some(grad_total + i, count);
+      put(grad_x + i, out, count, streamed);
+    });
+  }
+  if (streamed) finish_streams();
+}
+
+template <class N, class T, class W, int kSums, bool kGradTotal>
+void backward_chunks(const NormBackward& args, int64_t chunk_rows, void* partial, int64_t begin,
+                     int64_t end) {
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    Acc<T>* share = nullptr;
+    if constexpr (kSums > 0) {
+      const int64_t numbers = kSums * args.features;
+      share = static_cast<Acc<T>*>(partial) + chunk * numbers;
+      __builtin_memset(share, 0, static_cast<size_t>(numbers) * sizeof(Acc<T>));
+    }
+    const int64_t first = chunk * chunk_rows;
+    const int64_t last = first + chunk_rows < args.rows ? first + chunk_rows : args.rows;
+    backward_rows<N, T, W, kSums, kGradTotal>(args, share, first, last);
+  }
+}
+
+// One of the sums of `partial`, from its place `offset` in each chunk's share on.
+template <class S, class W>
+void reduce(void* result, int64_t offset, int64_t share, int64_t chunks, const void* partial,
+            int64_t begin, int64_t end) {
+  W* const out = static_cast<W*>(result);
+  for (int64_t i = begin; i < end; i += kLanes<S>) {
+    const int64_t count = end - i < kLanes<S> ? end - i : kLanes<S>;
+    Vec<S> sum = {};
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      sum += load_some(static_cast<const S*>(partial) + chunk * share + offset + i, count);
+    }
+    store_some(out + i, sum, count);
+  }
+}
+
+// Calls body with values of the storage types of an input and of its weight.
+template <class Body>
+void with_types(DType dtype, bool has_weight, DType weight_dtype, const Body& body) {
+  const auto with_input = [&](auto input) {
+    using T = decltype(input);
+    if (!has_weight) return body(input, NoWeight{});
+    if (weight_dtype == dtype) return body(input, T{});
+    return body(input, Acc<T>{});
+  };
+  switch (dtype) {
+    case DType::kFloat32:
+      return with_input(float{});
+    case DType::kFloat64:
+      return with_input(double{});
+    case DType::kBFloat16:
+      return with_input(BFloat16{});
+    case DType::kFloat16:
+      return with_input(Float16{});
+  }
+}
+
+template <class N>
+void forward(const NormForward& args, int64_t begin, int64_t end) {
+  with_types(args.dtype, args.weight != nullptr, args.weight_dtype, [&](auto input, auto weight) {
+    using T = decltype(input);
+    using W = decltype(weight);
+    if constexpr (N::kHasBias && !__is_same(W, NoWeight)) {
+      if (args.bias) {
+        return args.residual ? forward_rows<N, T, W, true, true>(args, begin, end)
+                             : forward_rows<N, T, W, true, false>(args, begin, end);
+      }
+    }
+    args.residual ? forward_rows<N, T, W, false, true>(args, begin, end)
+                  : forward_rows<N, T, W, false, false>(args, begin, end);
+  });
+}
+
+template <class N>
+void backward(const NormBackward& args, int64_t chunk_rows, void* partial, int64_t begin,
+              int64_t end) {
+  with_types(args.dtype, args.weight != nullptr, args.weight_dtype, [&](auto input, auto weight) {
+    using T = decltype(input);
+    using W = decltype(weight);
+    const auto with_sums = [&](auto sums) {
+      constexpr int kSums = decltype(sums)::kCount;
+      args.grad_total
+          ? backward_chunks<N, T, W, kSums, true>(args, chunk_rows, partial, begin, end)
+          : backward_chunks<N, T, W, kSums, false>(args, chunk_rows, partial, begin, end);
+    };
+    if constexpr (!__is_same(W, NoWeight)) {
+      if constexpr (N::kHasBias) {
+        if (args.sums() == 2) return with_sums(Count<2>{});
+      }
+      if (args.sums() >= 1) return with_sums(Count<1>{});
+    }
+    with_sums(Count<0>{});
+  });
+}
+
+template <class N>
+void sum_shares(const NormBackward& args, int64_t chunks, const void* partial, int64_t begin,
+                int64_t end) {
+  with_types(args.dtype, true, args.weight_dtype, [&](auto input, auto weight) {
+    using S = Acc<decltype(input)>;
+    using W = decltype(weight);
+    const int64_t share = args.sums() * args.features;
+    if constexpr (!__is_same(W, NoWeight)) {
+      if (args.grad_weight) reduce<S, W>(args.grad_weight, 0, share, chunks, partial, begin, end);
+      if (args.grad_bias) {
+        reduce<S, W>(args.grad_bias, args.features, share, chunks, partial, begin, end);
+      }
+    }
+  });
+}
+
+template <class N>
+NormKernels norm_kernels() {
+  return {forward<N>, backward<N>, sum_shares<N>};
+}
+
+}  // namespace
+}  // namespace effkern::cpu::EFFKERN_ISA
