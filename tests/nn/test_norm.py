@@ -1,4 +1,4 @@
-"""effkern.nn.RMSNorm as a drop-in for torch.nn.RMSNorm."""
+"""The norms of effkern.nn as drop-ins for those of torch.nn; and CRMSNorm, which has none there."""
 
 from __future__ import annotations
 
@@ -15,14 +15,41 @@ from tests.support.backends import Backend
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", [16, (16,), (4, 4)])
-def test_same_as_torch(backend: Backend, affine: bool, shape: int | tuple[int, ...]) -> None:
+@pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm"])
+def test_same_as_torch(
+    backend: Backend, name: str, affine: bool, shape: int | tuple[int, ...]
+) -> None:
     make = {"elementwise_affine": affine, "eps": 1e-4, "device": backend.device}
-    stock, mine = torch.nn.RMSNorm(shape, **make), effkern.nn.RMSNorm(shape, **make)
-    if affine:
-        torch.nn.init.normal_(stock.weight)
+    stock, mine = (getattr(module, name)(shape, **make) for module in (torch.nn, effkern.nn))
+    for parameter in stock.parameters():
+        torch.nn.init.normal_(parameter)
     mine.load_state_dict(stock.state_dict())
     x = torch.randn(3, *([16] if shape != (4, 4) else [4, 4]), device=backend.device)
     torch.testing.assert_close(mine(x), stock(x))
+
+
+def test_layer_norm_without_a_bias() -> None:
+    stock, mine = (module.LayerNorm(8, bias=False) for module in (torch.nn, effkern.nn))
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(mine(x), stock(x))
+    assert isinstance(mine, torch.nn.LayerNorm)
+    assert repr(mine) == repr(stock)
+    assert list(mine.state_dict()) == ["weight"]
+
+
+def test_crms_norm() -> None:
+    norm = effkern.nn.CRMSNorm(8, eps=1e-5, elementwise_affine=True, dtype=torch.float64)
+    assert norm.weight.shape == (7,)
+    assert list(norm.state_dict()) == ["weight"]
+    assert repr(norm) == "CRMSNorm(8, eps=1e-05, elementwise_affine=True)"
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 7, dtype=torch.float64)
+    full = torch.cat([x, -x.sum(-1, keepdim=True)], -1)
+    expected = torch.nn.functional.rms_norm(full, (8,), eps=1e-5)[:, :-1] * norm.weight
+    torch.testing.assert_close(norm(x), expected)
+    assert effkern.nn.CRMSNorm(8).weight is None
+    norm.reset_parameters()
+    assert (norm.weight == 1).all()
 
 
 def test_same_arguments_parameters_and_text() -> None:
@@ -36,16 +63,25 @@ def test_same_arguments_parameters_and_text() -> None:
     assert effkern.nn.RMSNorm(8, elementwise_affine=False).weight is None
 
 
-def test_residual() -> None:
-    norm = effkern.nn.RMSNorm(8)
+MODULES = [
+    effkern.nn.RMSNorm(8),
+    effkern.nn.LayerNorm(8),
+    effkern.nn.CRMSNorm(9, elementwise_affine=True),
+]
+every_module = pytest.mark.parametrize("norm", MODULES, ids=lambda norm: type(norm).__name__)
+
+
+@every_module
+def test_residual(norm: torch.nn.Module) -> None:
     x, r = torch.randn(3, 8), torch.randn(3, 8)
     y, total = norm(x, r)
     assert torch.equal(total, x + r)
     assert torch.equal(y, norm(x + r))
 
 
-def test_copies_and_pickles() -> None:
-    norm = effkern.nn.RMSNorm(8)
+@every_module
+def test_copies_and_pickles(norm: torch.nn.Module) -> None:
+    norm = copy.deepcopy(norm)
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(3, 8)
     for twin in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):

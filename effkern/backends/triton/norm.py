@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -47,91 +49,6 @@ class Norm(NamedTuple):
 RMS = Norm("rms_norm", RMS_NORM, 1)
 CRMS = Norm("crms_norm", CRMS_NORM, 2)
 LAYER = Norm("layer_norm", LAYER_NORM, 2)
-
-
-def rms_norm_forward(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    dims: int,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``effkern::_rms_norm_forward`` and ``_add_rms_norm_forward``: y, total and rstd.
-
-    Without a residual, total is empty.
-    """
-    return _forward(RMS, x, residual, weight, None, dims, eps)
-
-
-def crms_norm_forward(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    dims: int,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``effkern::_crms_norm_forward`` and ``_add_crms_norm_forward``: y, total, sums and rstd."""
-    return _forward(CRMS, x, residual, weight, None, dims, eps)
-
-
-def layer_norm_forward(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    dims: int,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``effkern::_layer_norm_forward`` and ``_add_layer_norm_forward``: y, total, means, rstd."""
-    return _forward(LAYER, x, residual, weight, bias, dims, eps)
-
-
-def rms_norm_backward(
-    grad: torch.Tensor,
-    grad_total: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    statistics: torch.Tensor,
-    dims: int,
-    wants_x: bool,
-    wants_weight: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``effkern::_rms_norm_backward``: the gradients of x and weight, empty where not wanted."""
-    call = grad, grad_total, x, weight, statistics, dims, wants_x
-    return _backward(RMS, *call, wants_weight, False)[:2]
-
-
-def crms_norm_backward(
-    grad: torch.Tensor,
-    grad_total: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    statistics: torch.Tensor,
-    dims: int,
-    wants_x: bool,
-    wants_weight: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``effkern::_crms_norm_backward``: the gradients of x and weight, empty where not wanted."""
-    call = grad, grad_total, x, weight, statistics, dims, wants_x
-    return _backward(CRMS, *call, wants_weight, False)[:2]
-
-
-def layer_norm_backward(
-    grad: torch.Tensor,
-    grad_total: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    statistics: torch.Tensor,
-    dims: int,
-    wants_x: bool,
-    wants_weight: bool,
-    wants_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``effkern::_layer_norm_backward``: the gradients of x, weight and bias, empty where not
-    wanted.
-    """
-    call = grad, grad_total, x, weight, statistics, dims, wants_x
-    return _backward(LAYER, *call, wants_weight, wants_bias)
 
 
 def _forward(
@@ -313,3 +230,30 @@ def _check_parameter(
 def _stretch_rows(rows: int, tile_rows: int) -> int:
     """The length of a stretch of rows, a multiple of the tile's. Depends on the shape alone."""
     return triton.cdiv(max(triton.cdiv(rows, STRETCHES), STRETCH_ROWS), tile_rows) * tile_rows
+
+
+def _of_weight_alone(norm: Norm) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward of a norm without a bias."""
+
+    def forward(
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        dims: int,
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return _forward(norm, x, residual, weight, None, dims, eps)
+
+    def backward(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        arguments: list[Any] = [*call, False]
+        return _backward(norm, *arguments)[:2]
+
+    return forward, backward
+
+
+# The ops ``effkern::_NAME_forward`` and ``_add_NAME_forward`` are the first of each pair, which
+# takes a residual or None and returns y, total (empty without a residual) and the statistics;
+# ``_NAME_backward`` is the second: the gradients of x and the parameters, empty where not wanted.
+rms_norm_forward, rms_norm_backward = _of_weight_alone(RMS)
+crms_norm_forward, crms_norm_backward = _of_weight_alone(CRMS)
+layer_norm_forward, layer_norm_backward = partial(_forward, LAYER), partial(_backward, LAYER)
