@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from effkern.cli.options import Device, Json, Seed, open_device
+
+#: `effkern.bench.demo.train.STATE_DTYPES`, which is loaded when the demo runs.
+StateDtype = Literal["bfloat16", "int8"]
 
 
 def demo(
@@ -30,6 +33,13 @@ def demo(
     batch_size: Annotated[
         int, typer.Option("--batch-size", help="Windows of text in a step.", min=1)
     ] = 8,
+    state_dtype: Annotated[
+        StateDtype | None,
+        typer.Option(
+            "--state-dtype",
+            help="Of effkern's optimizer states; by default float32, as stock.",
+        ),
+    ] = None,
     out: Annotated[
         Path, typer.Option("--out", help="Folder for demo.png and result.json.", file_okay=False)
     ] = Path("effkern-demo"),
@@ -47,7 +57,13 @@ def demo(
 
     open_device(device)
     settings = train.DemoSettings(
-        device=device, seed=seed, text=text, steps=steps, seconds=seconds, batch_size=batch_size
+        device=device,
+        seed=seed,
+        text=text,
+        steps=steps,
+        seconds=seconds,
+        batch_size=batch_size,
+        state_dtype=state_dtype,
     )
     out.mkdir(parents=True, exist_ok=True)
     with progress() as tell:

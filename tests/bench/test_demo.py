@@ -68,6 +68,21 @@ def test_both_sides_train_alike(training):
     assert report.summarise(training).losses_agree
 
 
+@pytest.mark.parametrize("state_dtype", train.STATE_DTYPES)
+def test_states_in_fewer_bits_train_alike(state_dtype):
+    settings = DemoSettings(steps=20, batch_size=4, shape=TINY, state_dtype=state_dtype)
+    training = train.train(settings)
+    states = next(iter(training.effkern.optimizer.state.values()))
+    assert all(t.element_size() < 4 for key, t in states.items() if key[:3] == "exp" and t.dim())
+    summary = report.summarise(training)
+    assert summary.curve_difference == max(
+        abs(b - a) / a
+        for a, b in zip(training.stock.losses, training.effkern.losses, strict=True)
+    )
+    assert 0 < summary.curve_difference < 0.01
+    assert training.effkern.resident_bytes < training.stock.resident_bytes
+
+
 def test_the_same_seed_gives_the_same_training(training):
     again = train.train(training.settings)
     assert again.stock.losses == training.stock.losses

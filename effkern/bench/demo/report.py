@@ -38,6 +38,7 @@ class Summary:
         training_loss: mean over the last steps, stock and effkern.
         held_out_loss: on text that neither side trained on.
         loss_difference: the larger of both losses' relative differences.
+        curve_difference: the largest relative difference between both sides' losses of one step.
     """
 
     times: dict[str, tuple[Spread, Spread]]
@@ -45,6 +46,7 @@ class Summary:
     training_loss: tuple[float, float]
     held_out_loss: tuple[float, float]
     loss_difference: float
+    curve_difference: float
 
     @property
     def losses_agree(self) -> bool:
@@ -64,9 +66,10 @@ def summarise(training: Training) -> Summary:
     training_loss = _tail(stock.losses), _tail(ours.losses)
     held_out_loss = stock.held_out, ours.held_out
     differences = [abs(b - a) / abs(a) for a, b in (training_loss, held_out_loss)]
-    # max() would drop a NaN that does not come first.
-    difference = sum(differences) if any(d != d for d in differences) else max(differences)
-    return Summary(times, speedups, training_loss, held_out_loss, difference)
+    curve = [abs(b - a) / abs(a) for a, b in zip(stock.losses, ours.losses, strict=True)]
+    return Summary(
+        times, speedups, training_loss, held_out_loss, _largest(differences), _largest(curve)
+    )
 
 
 def render(training: Training, summary: Summary) -> RenderableType:
@@ -96,9 +99,11 @@ def render(training: Training, summary: Summary) -> RenderableType:
         f"{settings.shape.context} bytes each{stopped}; losses in nats per byte; "
         f"both sides together took {training.seconds:.0f} s.",
         f"What changed: {training.swapped_norms} norms are effkern.nn.RMSNorm, "
-        "and the optimizer is effkern.FusedAdamW.",
+        "and the optimizer is effkern.FusedAdamW"
+        + (f" with states in {settings.state_dtype}." if settings.state_dtype else "."),
         f"Losses agree within {LOSS_TOLERANCE:.0%}: "
-        + (f"yes ({summary.loss_difference:.2%})" if summary.losses_agree else "NO"),
+        + (f"yes ({summary.loss_difference:.2%})" if summary.losses_agree else "NO")
+        + f"; at no step were they further apart than {summary.curve_difference:.2%}.",
     ]
     process = peak_process_memory()
     if process is not None:
@@ -189,6 +194,11 @@ def _draw_phases(panel: Any, summary: Summary, index: int, name: str, colour: st
     panel.bar_label(
         bars, labels=[tables.short(median) for median in medians], padding=2, fontsize=8
     )
+
+
+def _largest(numbers: Sequence[float]) -> float:
+    """The largest, or NaN: max() would drop one that does not come first."""
+    return sum(numbers) if any(n != n for n in numbers) else max(numbers)
 
 
 def _times(side: Side, name: str) -> list[float]:

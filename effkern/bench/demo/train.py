@@ -33,6 +33,9 @@ RATE_WARM_UP = 20
 #: What both optimizers are set to besides the learning rate.
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1}
 
+#: How the states of effkern's optimizer may be stored, as its ``state_dtype`` takes them.
+STATE_DTYPES: dict[str, torch.dtype | str] = {"bfloat16": torch.bfloat16, "int8": "int8"}
+
 #: Batches of the held-out text that both models are judged on.
 HELD_OUT_BATCHES = 8
 
@@ -50,6 +53,8 @@ class DemoSettings:
             side runs.
         batch_size: windows of ``shape.context`` bytes in a step.
         shape: of the model.
+        state_dtype: of effkern's optimizer states: one of `STATE_DTYPES`, or None for the
+            parameters' own.
     """
 
     device: str = "cpu"
@@ -59,6 +64,7 @@ class DemoSettings:
     seconds: float = 80.0
     batch_size: int = 8
     shape: ModelShape = field(default_factory=ModelShape)
+    state_dtype: str | None = None
 
 
 @dataclass
@@ -171,6 +177,7 @@ def make_sides(settings: DemoSettings) -> tuple[Side, Side, int]:
     torch.manual_seed(settings.seed)
     model = ByteGPT(settings.shape).to(settings.device)
     ours = copy.deepcopy(model)
+    state_dtype = None if settings.state_dtype is None else STATE_DTYPES[settings.state_dtype]
     swapped = len(effkern.swap_norms(ours).swapped)
     return (
         Side(
@@ -178,7 +185,13 @@ def make_sides(settings: DemoSettings) -> tuple[Side, Side, int]:
             model,
             torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True, **ADAMW),
         ),
-        Side(EFFKERN, ours, effkern.FusedAdamW(ours.parameters(), lr=LEARNING_RATE, **ADAMW)),
+        Side(
+            EFFKERN,
+            ours,
+            effkern.FusedAdamW(
+                ours.parameters(), lr=LEARNING_RATE, state_dtype=state_dtype, **ADAMW
+            ),
+        ),
         swapped,
     )
 
