@@ -150,8 +150,8 @@ def run(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The norm of arguments that have been checked: y, or with a residual y and the sum."""
     if x.is_cuda and torch.is_autocast_enabled("cuda") and _autocast_to_float32(name):
-        x, residual = x.float(), None if residual is None else residual.float()
-        parameters = tuple(None if p is None else p.float() for p in parameters)
+        x, residual, *rest = map(_to_float32, (x, residual, *parameters))
+        parameters = tuple(rest)
     if eps is None:
         eps = torch.finfo(accumulation_dtype(x.dtype)).eps
     if _functorch_is_active():
@@ -173,6 +173,11 @@ def run(
 
 
 _functorch_is_active = torch._C._are_functorch_transforms_active
+
+
+def _to_float32(tensor: Any) -> Any:
+    """As autocast does it: float64 stays."""
+    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.float()
 
 
 @cache

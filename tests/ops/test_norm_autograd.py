@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import effkern
 from effkern.nn.functional import rms_norm
@@ -292,3 +293,22 @@ def test_autocast_as_torch(norm: Norm) -> None:
     for given in (x, x.bfloat16()):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert norm(given).dtype == norm.eager(given, 1, none, 1e-5).dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@every_norm
+def test_autocast_on_cuda_as_torch(norm: Norm, dtype: torch.dtype) -> None:
+    """In float32, but for float64; asked of tensors without memory, no GPU is needed."""
+    twin = RMS if norm is CRMS else norm
+    before = torch.is_autocast_enabled("cuda")
+    with FakeTensorMode():
+        x = torch.empty(4, 16, device="cuda", dtype=dtype)
+        parameters = [torch.empty(16, device="cuda", dtype=dtype) for _ in range(norm.parameters)]
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            y, total = norm(x, *parameters, residual=x)
+            stock = twin.eager(x, 1, parameters, 1e-5)
+        finally:
+            torch.set_autocast_enabled("cuda", before)
+    assert y.dtype == stock.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert total.dtype == y.dtype
