@@ -1,0 +1,10 @@
+"""Conversion of trained Pre-LN models to their equal, cheaper Pre-RMSNorm twins.
+
+result = effkern.convert.to_rmsnorm(model, (example,))      # edits the model in place
+print(result.report)
+"""
+
+from effkern.convert.report import ConversionReport, NotConvertible
+from effkern.convert.rmsnorm import Conversion, to_rmsnorm
+
+__all__ = ["Conversion", "ConversionReport", "NotConvertible", "to_rmsnorm"]
