@@ -6,5 +6,13 @@ print(result.report)
 
 from effkern.convert.report import ConversionReport, NotConvertible
 from effkern.convert.rmsnorm import Conversion, to_rmsnorm
+from effkern.convert.training import inference_form, training_form
 
-__all__ = ["Conversion", "ConversionReport", "NotConvertible", "to_rmsnorm"]
+__all__ = [
+    "Conversion",
+    "ConversionReport",
+    "NotConvertible",
+    "inference_form",
+    "to_rmsnorm",
+    "training_form",
+]

@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from effkern.convert.axes import Axis
 from effkern.convert.calls import arguments, name_of, shape_of
+from effkern.convert.spelled_out import match
 from effkern.convert.trace import Trace, is_mark
 
 __all__ = ["Norm", "NormModule", "find_norms"]
@@ -70,10 +71,36 @@ def find_norms(trace: Trace) -> list[NormModule]:
                     bound["bias"],
                 )
                 groups.setdefault(path, []).append(norm)
-    return [
+    found = [
         NormModule(path, norms, len(norms) == work[path] and _plain(trace, path, norms))
         for path, norms in groups.items()
     ]
+    found += _spelled_out(trace, {path: n for path, n in work.items() if path not in groups})
+    return sorted(found, key=lambda group: trace.position[group.norms[0].node])
+
+
+def _spelled_out(trace: Trace, work: dict[str, int]) -> list[NormModule]:
+    """Modules whose calls are layer norms in elementary operations, and nothing else."""
+    results: dict[str, list[Node]] = {}
+    for node in trace.graph.nodes:
+        if is_mark(node):
+            site = trace.sites[node.args[1]]
+            if site.where == "output" and not site.path and site.module in work:
+                results.setdefault(site.module, []).append(node.args[0])
+    groups = []
+    for path, nodes in results.items():
+        norms = []
+        done: set[Node] = set()
+        for node in nodes:
+            found = match(trace, node)
+            if found is None:
+                break
+            features = shape_of(found.value)[-1]
+            norms.append(Norm(node, found.value, features, found.eps, found.weight, found.bias))
+            done |= found.nodes
+        if norms and len(done) == work[path] and _plain(trace, path, norms):
+            groups.append(NormModule(path, norms, True))
+    return groups
 
 
 def _plain(trace: Trace, path: str, norms: list[Norm]) -> bool:
@@ -82,12 +109,17 @@ def _plain(trace: Trace, path: str, norms: list[Norm]) -> bool:
     if not path or any((n.eps, n.features) != (first.eps, first.features) for n in norms):
         return False
     for norm in norms:
-        if not is_mark(norm.value) or not is_mark(next(iter(norm.node.users))):
+        value = norm.value
+        while name_of(value) in ("aten::to", "aten::_to_copy"):
+            value = value.args[0]  # type: ignore[assignment]
+        if not is_mark(value) or not is_mark(next(iter(norm.node.users))):
             return False
-        site = trace.sites[norm.value.args[1]]
+        site = trace.sites[value.args[1]]  # type: ignore[index]
         if site.module != path or site.where != "input" or len(site.path) != 1:
             return False
         for name, node in (("weight", norm.weight), ("bias", norm.bias)):
-            if node is not None and f"{path}.{name}" not in trace.aliases(node):
+            if node is None:
+                continue
+            if shape_of(node) != (norm.features,) or f"{path}.{name}" not in trace.aliases(node):
                 return False
     return True

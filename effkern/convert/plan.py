@@ -91,7 +91,9 @@ class _Search:
 
     def _no_norms(self) -> str:
         names = {name_of(node) for node in self.trace.graph.nodes}
-        if "aten::rms_norm" in names or {"aten::rsqrt", "aten::mean"} <= names:
+        if "aten::rms_norm" in names or "aten::mean" in names and (
+            names & {"aten::rsqrt", "aten::sqrt"}
+        ):
             return "it has no layer norm over a last dimension; it seems to use RMSNorm already"
         return "it has no layer norm over a last dimension"
 

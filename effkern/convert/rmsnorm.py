@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effkern.convert import check, structure, weights
+from effkern.convert import check, structure, training, weights
 from effkern.convert.plan import Plan, find_plan
 from effkern.convert.report import (
     Check,
@@ -83,12 +83,14 @@ def to_rmsnorm(
     plan = find_plan(traced, names)
     steps = structure.steps_of(traced, plan, model)
     checks = _prove(model, example_inputs, traced, plan, steps, names)
+    record = _record(traced, plan, training.uses_dropout(model, example_inputs))
     new = weights.edited_weights(traced, plan)
     structure.apply(model, steps)
+    vars(model)[training.ATTRIBUTE] = record
     with torch.no_grad():
         for name, value in new.items():
             traced.tensors[name].copy_(value)
-    report = _report(traced, plan, names, checks, model)
+    report = _report(traced, plan, names, checks, record.dropout)
     return Conversion(model, report, steps)
 
 
@@ -173,12 +175,40 @@ def _compared(
         take_back()
 
 
+def _record(traced: Trace, plan: Plan, dropout: bool) -> training.Record:
+    """What brings the original parameters back."""
+    record = training.Record(dropout=dropout)
+    for node, key in plan.edits.items():
+        name = traced.parameters[node]
+        scale = None if key.scale is None else traced.tensors[traced.parameters[key.scale]]
+        value = traced.tensors[name].detach().double()
+        product = weights.scaled(
+            value, key.axis, key.features, None if scale is None else scale.detach().double()
+        )
+        record.edits.append(
+            training.EditRecord(
+                sorted(traced.aliases(node)),
+                traced.readers(node),
+                key.axis,
+                key.features,
+                weights.mean_along(product, key.axis, key.features),
+                None if key.scale is None else traced.parameters[key.scale],
+            )
+        )
+    for node in plan.ones:
+        value = traced.tensors[traced.parameters[node]].detach().clone()
+        record.scales.append(
+            training.ScaleRecord(sorted(traced.aliases(node)), traced.readers(node), value)
+        )
+    return record
+
+
 def _edited_names(traced: Trace, plan: Plan) -> list[str]:
     return [traced.parameters[node] for node in (*plan.edits, *plan.ones)]
 
 
 def _report(
-    traced: Trace, plan: Plan, names: list[str], checks: list[Check], model: nn.Module
+    traced: Trace, plan: Plan, names: list[str], checks: list[Check], dropout: bool
 ) -> ConversionReport:
     report = ConversionReport(
         kind="rmsnorm",
@@ -196,28 +226,23 @@ def _report(
     for group in plan.converted:
         how = "module swapped" if group.alone else "layer_norm calls run as rms_norm"
         report.swapped.append(Swapped(group.path, group.features, group.eps, how))
-    report.not_covered = _not_covered(traced, names, checks, model)
+    report.not_covered = _not_covered(traced, names, checks, dropout)
     return report
 
 
 def _not_covered(
-    traced: Trace, names: list[str], checks: list[Check], model: nn.Module
+    traced: Trace, names: list[str], checks: list[Check], dropout: bool
 ) -> list[str]:
     texts = [
         "what the example inputs do not reach: other arguments and flags, and sizes other than "
         "those checked",
     ]
-    dropouts = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-    ]
     texts.append(
         "training mode"
         + (
-            f": {len(dropouts)} dropout modules are active in it, and dropout between a centred "
-            "weight and the stream leaves rows whose mean is not zero"
-            if dropouts
+            ": dropout between a centred weight and the stream leaves rows whose mean is not zero "
+            "(train in effkern.convert.training_form)"
+            if dropout
             else ""
         )
     )

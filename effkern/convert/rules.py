@@ -104,8 +104,8 @@ def transfer(node: Node, states: dict[Node, State]) -> Any:
         return state[node.args[1]] if isinstance(state, list) else state
     if name in _SHAPE_ONLY:
         return None
-    for state in given.states.values():
-        if isinstance(state, Lost):
-            return state._replace(sources=sources(list(given.states.values())))
+    gone = [state for state in given.states.values() if isinstance(state, Lost)]
+    if gone:
+        return gone[0]._replace(sources=sources(list(gone)))
     known = _RULES.get(name)
     return lost(node, given) if known is None else known(node, given)

@@ -21,9 +21,14 @@ class BiasedRMSNorm(torch.nn.RMSNorm):
     """
 
     bias: Tensor | None
+    layer_norm_in_training = False  # see `training_form`
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``x / sqrt(mean(x^2) + eps) * weight + bias``, over the last dimension."""
+        if self.training and self.layer_norm_in_training:
+            return torch.nn.functional.layer_norm(
+                x, self.normalized_shape, self.weight, self.bias, self.eps or 0.0
+            )
         return _biased(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
@@ -108,6 +113,7 @@ class RunWithRmsNorm:
     def __init__(self, module: nn.Module, features: tuple[int, ...], parameters: list[str]) -> None:
         self.module, self.features, self.parameters = module, features, parameters
         self.inner = vars(module).get("forward")  # a forward of the instance's own
+        self.layer_norm_in_training = False  # see `training_form`
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -120,6 +126,8 @@ class RunWithRmsNorm:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward."""
+        if self.module.training and self.layer_norm_in_training:
+            return self._forward(*args, **kwargs)
         known = [_parameter(self.module, name) for name in self.parameters]
         with _RmsNormMode(self.features, known):
             return self._forward(*args, **kwargs)

@@ -66,6 +66,19 @@ class Trace:
         wanted = place(self.tensors[name])
         return {other for other, tensor in self.tensors.items() if place(tensor) == wanted}
 
+    def readers(self, node: Node) -> list[str]:
+        """Paths of the modules in whose calls a placeholder's tensor is read."""
+        names = self.aliases(node)
+        return sorted(
+            {
+                self.module(user)
+                for other, name in self.parameters.items()
+                if name in names
+                for user in other.users
+                if user.op == "call_function"
+            }
+        )
+
     def overlaps(self, node: Node) -> str | None:
         """The name of a tensor that lies in the same storage as a placeholder's, as another view."""
         mine = self.tensors[self.parameters[node]]

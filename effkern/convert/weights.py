@@ -13,26 +13,32 @@ from effkern.convert.demands import Key
 from effkern.convert.plan import Plan
 from effkern.convert.trace import Trace, place
 
-__all__ = ["centred", "edited_weights", "in_float64"]
+__all__ = ["centred", "edited_weights", "in_float64", "mean_along", "scaled", "split"]
 
 
-def centred(value: Tensor, axis: Axis, features: int, scale: Tensor | None = None) -> Tensor:
-    """A parameter minus its mean along the feature axis; after multiplication by a scale.
+def split(value: Tensor, axis: Axis, features: int) -> Tensor:
+    """A parameter with the feature axis as dimension ``axis.dim + 1``, whole."""
+    before, after = value.shape[: axis.dim], value.shape[axis.dim + 1 :]
+    return value.reshape(*before, axis.outer, features, axis.inner, *after)
 
-    Args:
-        value: any shape, with the axis in it.
-        axis: where the features lie.
-        features: how many they are.
-        scale: one entry for each feature.
-    """
-    shape = value.shape
-    parts = value.reshape(
-        *shape[: axis.dim], axis.outer, features, axis.inner, *shape[axis.dim + 1 :]
-    )
-    along = axis.dim + 1
-    if scale is not None:
-        parts = parts * scale.reshape(features, *[1] * (parts.dim() - along - 1))
-    return (parts - parts.mean(along, keepdim=True)).reshape(shape)
+
+def mean_along(value: Tensor, axis: Axis, features: int) -> Tensor:
+    """The mean of a parameter along the feature axis, in the shape of `split` with a one there."""
+    return split(value, axis, features).mean(axis.dim + 1, keepdim=True)
+
+
+def centred(value: Tensor, axis: Axis, features: int) -> Tensor:
+    """A parameter minus its mean along the feature axis."""
+    return (split(value, axis, features) - mean_along(value, axis, features)).reshape(value.shape)
+
+
+def scaled(value: Tensor, axis: Axis, features: int, scale: Tensor | None) -> Tensor:
+    """A parameter times a scale of one entry for each feature, of any shape; None for one."""
+    if scale is None:
+        return value
+    parts = split(value, axis, features)
+    along = parts.dim() - axis.dim - 2
+    return (parts * scale.reshape(features, *[1] * along)).reshape(value.shape)
 
 
 def edited_weights(trace: Trace, plan: Plan) -> dict[str, Tensor]:
@@ -44,7 +50,8 @@ def edited_weights(trace: Trace, plan: Plan) -> dict[str, Tensor]:
         scale = None
         if key.scale is not None:
             scale = tensors[trace.parameters[key.scale]].detach().double()
-        return centred(value.double(), key.axis, key.features, scale).to(value.dtype)
+        product = scaled(value.double(), key.axis, key.features, scale)
+        return centred(product, key.axis, key.features).to(value.dtype)
 
     new = {trace.parameters[node]: edited(key) for node, key in plan.edits.items()}
     for node in plan.ones:
