@@ -32,7 +32,7 @@ class Axis(NamedTuple):
 def candidates(shape: Sequence[int], features: int) -> Iterator[Axis]:
     """Every axis of ``features`` entries that a tensor of this shape may have, the last first."""
     for dim in reversed(range(len(shape))):
-        if shape[dim] and shape[dim] % features == 0:
+        if isinstance(shape[dim], int) and shape[dim] and shape[dim] % features == 0:
             rest = shape[dim] // features
             for outer in range(1, min(rest, MOST_FACTORS) + 1):
                 if rest % outer == 0:
@@ -44,6 +44,11 @@ def through_view(axis: Axis, features: int, old: Sequence[int], new: Sequence[in
 
     None where the new shape cuts the axis in pieces.
     """
+    after = len(old) - axis.dim
+    if tuple(old[axis.dim :]) == tuple(new[-after:]):
+        return axis._replace(dim=len(new) - after)
+    if not all(isinstance(size, int) for size in (*old, *new)):
+        return None  # sizes that depend on data
     step = axis.inner * prod(old[axis.dim + 1 :])  # between neighbours along the axis
     below = prod(new)
     for dim, size in enumerate(new):

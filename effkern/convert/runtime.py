@@ -121,6 +121,11 @@ class RunWithRmsNorm:
         return inspect.signature(self._forward)
 
     @property
+    def __code__(self) -> Any:
+        """That of the forward it stands for: torch.export asks the model's forward for it."""
+        return self._forward.__code__
+
+    @property
     def _forward(self) -> Any:
         return self.inner or type(self.module).forward.__get__(self.module)
 

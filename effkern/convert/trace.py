@@ -163,6 +163,9 @@ def _first_line(error: Exception) -> str:
 def _read(program: Any, names: list[str], sites: list[Site], model: nn.Module) -> Trace:
     """The trace, from an exported program."""
     graph = program.graph_module.graph
+    for node in reversed(graph.nodes):
+        if name_of(node) == "aten::_assert_tensor_metadata":
+            graph.erase_node(node)
     graph.eliminate_dead_code()
     signature = program.graph_signature
     persistent = _persistent_buffers(model)
