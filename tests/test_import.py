@@ -55,7 +55,7 @@ before = set(sys.modules)
 import effkern
 added = {{name.split(".")[0] for name in set(sys.modules) - before}}
 print(*(added & set({packages})))
-print(*(name for name in sys.modules if name.startswith(("effkern.cli", "effkern.bench"))))
+print(*(name for name in sys.modules if name.startswith(("effkern.cli", "effkern.bench", "effkern.convert"))))
 """
     assert run(code).split() == []
 

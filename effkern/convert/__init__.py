@@ -4,6 +4,7 @@ result = effkern.convert.to_rmsnorm(model, (example,))      # edits the model in
 print(result.report)
 """
 
+from effkern.convert.checkpoint import load
 from effkern.convert.report import ConversionReport, NotConvertible
 from effkern.convert.rmsnorm import Conversion, to_rmsnorm
 from effkern.convert.training import inference_form, training_form
@@ -13,6 +14,7 @@ __all__ = [
     "ConversionReport",
     "NotConvertible",
     "inference_form",
+    "load",
     "to_rmsnorm",
     "training_form",
 ]

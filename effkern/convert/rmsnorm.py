@@ -126,16 +126,25 @@ def _prove(
     try:
         with weights.in_float64(model), check.computing_in_float64():
             check.outputs_of(model, inputs, wide=True)
-            wide = True
     except Exception:  # whatever stops it, the model's own dtype is left to try
-        wide = False
-    if wide:
-        with weights.in_float64(model), check.computing_in_float64():
-            return _compared(model, inputs, traced, plan, steps, names, torch.float64)
-    kept = {name: traced.tensors[name].detach().clone() for name in _edited_names(traced, plan)}
+        return _compared_in_own_dtype(model, inputs, traced, plan, steps, names)
+    with weights.in_float64(model) as twins, check.computing_in_float64():
+        return _compared(model, inputs, traced, plan, steps, names, torch.float64, twins)
+
+
+def _compared_in_own_dtype(
+    model: nn.Module,
+    inputs: check.Inputs,
+    traced: Trace,
+    plan: Plan,
+    steps: list[Step],
+    names: list[str],
+) -> list[Check]:
+    edited = [traced.parameters[node] for node in (*plan.edits, *plan.ones)]
+    kept = {name: traced.tensors[name].detach().clone() for name in edited}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     try:
-        return _compared(model, inputs, traced, plan, steps, names, dtype)
+        return _compared(model, inputs, traced, plan, steps, names, dtype, traced.tensors)
     finally:
         for name, value in kept.items():
             traced.tensors[name].data.copy_(value)
@@ -149,18 +158,21 @@ def _compared(
     steps: list[Step],
     names: list[str],
     dtype: torch.dtype,
+    tensors: dict[str, Tensor],
 ) -> list[Check]:
+    """Compare outputs on several inputs, before and after ``tensors``, the model's own at present,
+    and its modules are edited. Takes the modules' changes back.
+    """  # fmt: skip
     wide = dtype == torch.float64
     pairs: list[tuple[check.Sample, dict[str, Tensor]]] = []
     for sample in check.samples(inputs):
         try:
             pairs.append((sample, check.outputs_of(model, sample.inputs, wide=wide)))
-        except Exception:
+        except Exception:  # the model does not take inputs of this kind
             if not pairs:
                 raise
-            # The model does not take inputs of this kind.
-    for name, value in weights.edited_weights(traced, plan).items():
-        traced.tensors[name].data.copy_(value)
+    for name, value in weights.edited_weights(traced, plan, tensors).items():
+        tensors[name].data.copy_(value)
     take_back = structure.apply(model, steps)
     try:
         checks = []
@@ -168,7 +180,8 @@ def _compared(
             try:
                 after = check.outputs_of(model, sample.inputs, wide=wide)
             except Exception as error:
-                raise NotConvertible("", f"once converted, it fails on {sample.what}: {error}") from error
+                reason = f"once converted, it fails on {sample.what}: {error}"
+                raise NotConvertible("", reason) from error
             checks.append(check.compare(sample, before, after, names, dtype))
         return checks
     finally:
@@ -201,10 +214,6 @@ def _record(traced: Trace, plan: Plan, dropout: bool) -> training.Record:
             training.ScaleRecord(sorted(traced.aliases(node)), traced.readers(node), value)
         )
     return record
-
-
-def _edited_names(traced: Trace, plan: Plan) -> list[str]:
-    return [traced.parameters[node] for node in (*plan.edits, *plan.ones)]
 
 
 def _report(

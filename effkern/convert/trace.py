@@ -57,14 +57,17 @@ class Trace:
 
     def __post_init__(self) -> None:
         self.position = {node: i for i, node in enumerate(self.graph.nodes)}
+        self._places = {name: place(tensor) for name, tensor in self.tensors.items()}
+        self._by_place: dict[Any, set[str]] = {}
+        self._by_storage: dict[Any, set[str]] = {}
+        for name, where in self._places.items():
+            self._by_place.setdefault(where, set()).add(name)
+            self._by_storage.setdefault(where[0], set()).add(name)
 
     def aliases(self, node: Node) -> set[str]:
         """All names of the tensor that a placeholder stands for, tied ones included."""
         name = self.parameters.get(node)
-        if name is None:
-            return set()
-        wanted = place(self.tensors[name])
-        return {other for other, tensor in self.tensors.items() if place(tensor) == wanted}
+        return set() if name is None else self._by_place[self._places[name]]
 
     def readers(self, node: Node) -> list[str]:
         """Paths of the modules in whose calls a placeholder's tensor is read."""
@@ -81,11 +84,9 @@ class Trace:
 
     def overlaps(self, node: Node) -> str | None:
         """The name of a tensor that lies in the same storage as a placeholder's, as another view."""
-        mine = self.tensors[self.parameters[node]]
-        for name, tensor in self.tensors.items():
-            if place(tensor)[0] == place(mine)[0] and place(tensor) != place(mine):
-                return name
-        return None
+        mine = self._places[self.parameters[node]]
+        others = self._by_storage[mine[0]] - self._by_place[mine]
+        return min(others, default=None)
 
     def module_stack(self, node: Node) -> list[str]:
         """Paths of the modules whose calls a node is part of, the outermost first."""
@@ -151,8 +152,16 @@ def trace(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> Trace:
             except Exception as error:  # export raises errors of many kinds
                 raise NotConvertible("", f"it cannot be traced: {_first_line(error)}") from error
             names = wrapped.names.found
-        program = program.run_decompositions({})
+        if any(_writes(node) for node in program.graph.nodes):
+            program = program.run_decompositions({})  # functional, otherwise as it is
     return _read(program, names, sites, model)
+
+
+def _writes(node: Node) -> bool:
+    """Whether a node writes to an operand, or holds a graph of its own that may."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    return node.op == "get_attr"
 
 
 def _first_line(error: Exception) -> str:

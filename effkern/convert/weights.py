@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -41,35 +41,61 @@ def scaled(value: Tensor, axis: Axis, features: int, scale: Tensor | None) -> Te
     return (parts * scale.reshape(features, *[1] * along)).reshape(value.shape)
 
 
-def edited_weights(trace: Trace, plan: Plan) -> dict[str, Tensor]:
-    """The new values of all edited parameters, by name; the tensors that they replace stay."""
-    tensors = trace.tensors
+def edited_weights(
+    trace: Trace, plan: Plan, tensors: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The new values of all edited parameters, by name; the tensors that they replace stay.
+
+    Args:
+        trace: of the model.
+        plan: what is edited.
+        tensors: what to compute them from; by default the model's own.
+    """
+    old = trace.tensors if tensors is None else tensors
 
     def edited(key: Key) -> Tensor:
-        value = tensors[trace.parameters[key.node]].detach()
+        value = old[trace.parameters[key.node]].detach()
         scale = None
         if key.scale is not None:
-            scale = tensors[trace.parameters[key.scale]].detach().double()
+            scale = old[trace.parameters[key.scale]].detach().double()
         product = scaled(value.double(), key.axis, key.features, scale)
         return centred(product, key.axis, key.features).to(value.dtype)
 
     new = {trace.parameters[node]: edited(key) for node, key in plan.edits.items()}
     for node in plan.ones:
-        new[trace.parameters[node]] = torch.ones_like(tensors[trace.parameters[node]])
+        new[trace.parameters[node]] = torch.ones_like(old[trace.parameters[node]])
     return new
 
 
 @contextmanager
-def in_float64(model: nn.Module) -> Iterator[None]:
-    """Let parameters and buffers be float64, and then be what they were, bit for bit."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
-    before = [(tensor, tensor.data) for tensor in tensors.values()]
-    wide: dict[object, Tensor] = {}
+def in_float64(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Let a model have float64 twins of its parameters and buffers; gives the twins by name.
+
+    The tensors themselves are not touched, nor are hooks on them. Tied ones stay tied.
+    """
+    storage: dict[object, Tensor] = {}
+    twins: dict[int, Tensor] = {}
+
+    def twin(tensor: Tensor) -> Tensor:
+        if id(tensor) not in twins:
+            data = tensor.detach()
+            wide = torch.float64 if tensor.is_floating_point() else tensor.dtype
+            copied = storage.setdefault(place(data), data.to(wide, copy=True))
+            if isinstance(tensor, nn.Parameter):
+                copied = nn.Parameter(copied, tensor.requires_grad)
+            twins[id(tensor)] = copied
+        return twins[id(tensor)]
+
+    containers = [c for m in model.modules() for c in (m._parameters, m._buffers)]
+    before = [(container, dict(container)) for container in containers]
     try:
-        for tensor, data in before:
-            known = wide.setdefault(place(data), data.to(torch.float64, copy=True))
-            tensor.data = known
-        yield
+        for container in containers:
+            for name, tensor in container.items():
+                if tensor is not None:
+                    container[name] = twin(tensor)
+        named = dict(model.named_parameters(remove_duplicate=False))
+        yield named | dict(model.named_buffers(remove_duplicate=False))
     finally:
-        for tensor, data in before:
-            tensor.data = data
+        for container, contents in before:
+            container.clear()
+            container.update(contents)
