@@ -1,6 +1,6 @@
 """Small random models of many architectures, to try the conversion on; none is known to effkern.
 
-Each entry builds a model and its inputs; those of packages that are not installed raise ImportError.
+Each entry builds a model and its inputs; where its package is missing that raises ImportError.
 """
 
 from __future__ import annotations
@@ -137,9 +137,7 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
         "BloomForCausalLM", "BloomConfig", T, n_layer=2, n_head=2, hidden_size=32, **SPECIAL
     ),
     "transformers GPTNeoX": hf("GPTNeoXForCausalLM", "GPTNeoXConfig", T, **TEXT, **SPECIAL),
-    "transformers GPTJ": hf(
-        "GPTJForCausalLM", "GPTJConfig", T, rotary_dim=8, **GPT, **SPECIAL
-    ),
+    "transformers GPTJ": hf("GPTJForCausalLM", "GPTJConfig", T, rotary_dim=8, **GPT, **SPECIAL),
     "transformers ViT": hf("ViTModel", "ViTConfig", PX, **VISION),
     "transformers CLIP text": hf("CLIPTextModel", "CLIPTextConfig", T, **CLIP_TEXT),
     "transformers CLIP vision": hf("CLIPVisionModel", "CLIPVisionConfig", PX, **VISION),
@@ -171,20 +169,36 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
         attention_types=[[["global", "local"], 1]],
         **SPECIAL,
     ),
-    "transformers GPTBigCode": hf(
-        "GPTBigCodeForCausalLM", "GPTBigCodeConfig", T, **GPT, **SPECIAL
-    ),
+    "transformers GPTBigCode": hf("GPTBigCodeForCausalLM", "GPTBigCodeConfig", T, **GPT, **SPECIAL),
     "transformers MPT": hf(
-        "MptForCausalLM", "MptConfig", T, d_model=32, n_heads=2, n_layers=2, max_seq_len=32, **SPECIAL
+        "MptForCausalLM",
+        "MptConfig",
+        T,
+        d_model=32,
+        n_heads=2,
+        n_layers=2,
+        max_seq_len=32,
+        **SPECIAL,
     ),
     "transformers Persimmon": hf("PersimmonForCausalLM", "PersimmonConfig", T, **TEXT, **SPECIAL),
     "transformers XGLM": hf(
-        "XGLMForCausalLM", "XGLMConfig", T, d_model=32, ffn_dim=64, num_layers=2, attention_heads=2,
+        "XGLMForCausalLM",
+        "XGLMConfig",
+        T,
+        d_model=32,
+        ffn_dim=64,
+        num_layers=2,
+        attention_heads=2,
         **SPECIAL,
     ),
     "transformers BioGPT": hf("BioGptForCausalLM", "BioGptConfig", T, **TEXT, **SPECIAL),
     "transformers Nemotron": hf(
-        "NemotronForCausalLM", "NemotronConfig", T, num_key_value_heads=2, head_dim=16, **TEXT,
+        "NemotronForCausalLM",
+        "NemotronConfig",
+        T,
+        num_key_value_heads=2,
+        head_dim=16,
+        **TEXT,
         **SPECIAL,
     ),
     "transformers Cohere": hf("CohereForCausalLM", "CohereConfig", T, **TEXT, **SPECIAL),
@@ -192,8 +206,12 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
     "transformers Starcoder2": hf(
         "Starcoder2ForCausalLM", "Starcoder2Config", T, num_key_value_heads=2, **TEXT, **SPECIAL
     ),
-    "transformers XLM-RoBERTa-XL": hf("XLMRobertaXLModel", "XLMRobertaXLConfig", T, **TEXT, **SPECIAL),
-    "transformers MegatronBERT": hf("MegatronBertModel", "MegatronBertConfig", T, **TEXT, vocab_size=99),
+    "transformers XLM-RoBERTa-XL": hf(
+        "XLMRobertaXLModel", "XLMRobertaXLConfig", T, **TEXT, **SPECIAL
+    ),
+    "transformers MegatronBERT": hf(
+        "MegatronBertModel", "MegatronBertConfig", T, **TEXT, vocab_size=99
+    ),
     "transformers RoBERTa-PreLN": hf(
         "RobertaPreLayerNormModel", "RobertaPreLayerNormConfig", T, **TEXT, **SPECIAL
     ),
@@ -202,19 +220,36 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
     ),
     "transformers CTRL": hf("CTRLModel", "CTRLConfig", T, dff=64, vocab_size=99, **GPT),
     "transformers mBART": hf(
-        "MBartForConditionalGeneration", "MBartConfig", TT, max_position_embeddings=32, **PAIR, **SPECIAL
+        "MBartForConditionalGeneration",
+        "MBartConfig",
+        TT,
+        max_position_embeddings=32,
+        **PAIR,
+        **SPECIAL,
     ),
     "transformers Pegasus": hf(
-        "PegasusForConditionalGeneration", "PegasusConfig", TT, max_position_embeddings=32, **PAIR,
+        "PegasusForConditionalGeneration",
+        "PegasusConfig",
+        TT,
+        max_position_embeddings=32,
+        **PAIR,
         **SPECIAL,
     ),
     "transformers M2M100": hf(
-        "M2M100ForConditionalGeneration", "M2M100Config", TT, max_position_embeddings=32, **PAIR,
+        "M2M100ForConditionalGeneration",
+        "M2M100Config",
+        TT,
+        max_position_embeddings=32,
+        **PAIR,
         **SPECIAL,
     ),
     "transformers Blenderbot": hf(
-        "BlenderbotForConditionalGeneration", "BlenderbotConfig", TT, max_position_embeddings=32,
-        **PAIR, **SPECIAL,
+        "BlenderbotForConditionalGeneration",
+        "BlenderbotConfig",
+        TT,
+        max_position_embeddings=32,
+        **PAIR,
+        **SPECIAL,
     ),
     "transformers Speech2Text": hf(
         "Speech2TextForConditionalGeneration",
@@ -257,7 +292,11 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
     "transformers WavLM stable": hf("WavLMModel", "WavLMConfig", WV, **STABLE),
     "transformers UniSpeechSat stable": hf("UniSpeechSatModel", "UniSpeechSatConfig", WV, **STABLE),
     "transformers Wav2Vec2 Conformer": hf(
-        "Wav2Vec2ConformerModel", "Wav2Vec2ConformerConfig", WV, position_embeddings_type="rotary", **AUDIO
+        "Wav2Vec2ConformerModel",
+        "Wav2Vec2ConformerConfig",
+        WV,
+        position_embeddings_type="rotary",
+        **AUDIO,
     ),
     "transformers AST": hf(
         "ASTModel",
@@ -291,30 +330,58 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
     "transformers SigLIP vision": hf("SiglipVisionModel", "SiglipVisionConfig", PX, **VISION),
     "transformers I-JEPA": hf("IJepaModel", "IJepaConfig", PX, **VISION),
     "transformers YOLOS": hf(
-        "YolosModel", "YolosConfig", PX, **VISION | {"image_size": [32, 32], "num_detection_tokens": 3}
+        "YolosModel",
+        "YolosConfig",
+        PX,
+        **VISION | {"image_size": [32, 32], "num_detection_tokens": 3},
     ),
-    "transformers TimeSformer": hf("TimesformerModel", "TimesformerConfig", FRAMES, num_frames=4, **VISION),
+    "transformers TimeSformer": hf(
+        "TimesformerModel", "TimesformerConfig", FRAMES, num_frames=4, **VISION
+    ),
     "transformers VideoMAE": hf("VideoMAEModel", "VideoMAEConfig", FRAMES, num_frames=4, **VISION),
     "transformers FLAVA image": hf("FlavaImageModel", "FlavaImageConfig", PX, **VISION),
     "transformers SegFormer": hf(
-        "SegformerModel", "SegformerConfig", PX, hidden_sizes=[16] * 4, depths=[1] * 4,
+        "SegformerModel",
+        "SegformerConfig",
+        PX,
+        hidden_sizes=[16] * 4,
+        depths=[1] * 4,
         num_attention_heads=[1, 1, 2, 2],
     ),
     "transformers BERT": hf("BertModel", "BertConfig", T, **TEXT, vocab_size=99),
-    "transformers BART": hf("BartModel", "BartConfig", TT, max_position_embeddings=32, **PAIR, **SPECIAL),
+    "transformers BART": hf(
+        "BartModel", "BartConfig", TT, max_position_embeddings=32, **PAIR, **SPECIAL
+    ),
     "transformers T5": hf(
-        "T5Model", "T5Config", TT, d_model=32, d_kv=16, num_layers=2, num_heads=2, d_ff=64,
-        vocab_size=99, decoder_start_token_id=0,
+        "T5Model",
+        "T5Config",
+        TT,
+        d_model=32,
+        d_kv=16,
+        num_layers=2,
+        num_heads=2,
+        d_ff=64,
+        vocab_size=99,
+        decoder_start_token_id=0,
     ),
     "transformers Llama": hf("LlamaModel", "LlamaConfig", T, **TEXT, **SPECIAL),
     "transformers ModernBERT": hf(
         "ModernBertModel", "ModernBertConfig", T, cls_token_id=1, sep_token_id=2, **TEXT, **SPECIAL
     ),
     "transformers Swin": hf(
-        "SwinModel", "SwinConfig", PX, image_size=32, patch_size=4, embed_dim=16, depths=[1, 1],
-        num_heads=[2, 2], window_size=4,
+        "SwinModel",
+        "SwinConfig",
+        PX,
+        image_size=32,
+        patch_size=4,
+        embed_dim=16,
+        depths=[1, 1],
+        num_heads=[2, 2],
+        window_size=4,
     ),
-    "transformers ConvNeXt": hf("ConvNextModel", "ConvNextConfig", PX, hidden_sizes=[16] * 4, depths=[1] * 4),
+    "transformers ConvNeXt": hf(
+        "ConvNextModel", "ConvNextConfig", PX, hidden_sizes=[16] * 4, depths=[1] * 4
+    ),
     "transformers SAM vision": hf(
         "SamVisionModel",
         "SamVisionConfig",
@@ -327,11 +394,21 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
         **{k: v for k, v in VISION.items() if k != "intermediate_size"},
     ),
     "transformers PVT": hf(
-        "PvtModel", "PvtConfig", PX, hidden_sizes=[16] * 4, depths=[1] * 4,
-        num_attention_heads=[1, 1, 2, 2], image_size=32,
+        "PvtModel",
+        "PvtConfig",
+        PX,
+        hidden_sizes=[16] * 4,
+        depths=[1] * 4,
+        num_attention_heads=[1, 1, 2, 2],
+        image_size=32,
     ),
     "transformers ResNet": hf(
-        "ResNetModel", "ResNetConfig", PX, embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1],
+        "ResNetModel",
+        "ResNetConfig",
+        PX,
+        embedding_size=8,
+        hidden_sizes=[8, 8],
+        depths=[1, 1],
         layer_type="basic",
     ),
     "timm vit": tm("vit_tiny_patch16_224"),
@@ -348,7 +425,7 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
     "torchvision swin": tv("swin"),
     "nn.TransformerEncoder": encoder(),
     "nn.TransformerEncoder without a last norm": encoder(final=False),
-}  # fmt: skip
+}
 
 #: Where the conversion is asked to keep some outputs alone.
 OUTPUTS = {"transformers CLIP vision, pooled": ("transformers CLIP vision", ["pooler_output"])}

@@ -1,6 +1,6 @@
 """Which architectures convert, what stays of their layer norms, and how far outputs then differ.
 
-python benchmarks/convert.py [NAME ...]     writes results/convert.json and prints docs/convert.md's table
+python benchmarks/convert.py [NAME ...]   prints the table of docs/convert.md; results/convert.json
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Reading a traced graph: an operation's arguments by name, shapes, and what is plainly constant."""
+"""Reading a traced graph: an operation's arguments by name, shapes, what is plainly constant."""
 
 from __future__ import annotations
 

@@ -99,7 +99,10 @@ class Demands:
             for axis in candidates(shape_of(operand), key.features):
                 trial = Shift(axis, key.features, True, key.scale)
                 result = self._result(key.node, {operand: trial})
-                if isinstance(result, Shift) and (result.axis, result.scale) == (key.axis, key.scale):
+                if isinstance(result, Shift) and (result.axis, result.scale) == (
+                    key.axis,
+                    key.scale,
+                ):
                     chosen[operand] = trial
                     break
         if key.scale is not None and not chosen:

@@ -33,7 +33,11 @@ def named_tensors(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[
         items = list(zip(names, value, strict=True))
     elif dataclasses.is_dataclass(value):
         items = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
-    elif hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module) and not callable(value):
+    elif (
+        hasattr(value, "__dict__")
+        and not isinstance(value, torch.nn.Module)
+        and not callable(value)
+    ):
         items = list(vars(value).items())
     else:
         return

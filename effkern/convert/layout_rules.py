@@ -1,4 +1,4 @@
-"""Transfer rules of operations that move, copy or drop entries, each a whole feature row at a time."""
+"""Transfer rules of operations that move, copy or drop entries, a whole feature row at a time."""
 
 from __future__ import annotations
 
@@ -75,15 +75,17 @@ def permutation(node: Node) -> list[int]:
             return order[::-1]
     elif name == "aten::movedim":
         moved = [bound["source"]] if isinstance(bound["source"], int) else bound["source"]
-        to = [bound["destination"]] if isinstance(bound["destination"], int) else bound["destination"]
+        to = (
+            [bound["destination"]]
+            if isinstance(bound["destination"], int)
+            else bound["destination"]
+        )
         rest = iter([dim for dim in order if dim not in {m % dims for m in moved}])
         places = {t % dims: m % dims for m, t in zip(moved, to, strict=True)}
         return [places[dim] if dim in places else next(rest) for dim in order]
     else:
         first, second = (
-            (bound["dim0"], bound["dim1"])
-            if "dim0" in bound
-            else (bound["axis0"], bound["axis1"])
+            (bound["dim0"], bound["dim1"]) if "dim0" in bound else (bound["axis0"], bound["axis1"])
         )
     if dims:
         order[first], order[second] = order[second], order[first]
@@ -231,7 +233,9 @@ def name_is_unbind(node: Node) -> bool:
     return node.target._schema.name == "aten::unbind"  # type: ignore[union-attr]
 
 
-@rule("aten::cat", "aten::concat", "aten::concatenate", "aten::stack", "aten::hstack", "aten::vstack")
+@rule(
+    "aten::cat", "aten::concat", "aten::concatenate", "aten::stack", "aten::hstack", "aten::vstack"
+)
 def cat(node: Node, given: Given) -> State:
     """Rows of several values beside each other; parts of one row are lost."""
     bound = arguments(node)
@@ -248,7 +252,9 @@ def cat(node: Node, given: Given) -> State:
     def lifted(state: State) -> State:
         if not isinstance(state, Shift) or name != "aten::stack":
             return state
-        return state._replace(axis=state.axis._replace(dim=state.axis.dim + (state.axis.dim >= dim)))
+        return state._replace(
+            axis=state.axis._replace(dim=state.axis.dim + (state.axis.dim >= dim))
+        )
 
     total = combine(node, given, [(part, lifted(given(part))) for part in kept])
     if isinstance(total, Shift) and total.axis.dim == dim and name != "aten::stack":
@@ -403,7 +409,9 @@ def scatter(node: Node, given: Given) -> State:
     if name == "aten::select_scatter" and shift_of(there):
         dim = bound["dim"] % dims
         assert isinstance(there, Shift)
-        there = there._replace(axis=there.axis._replace(dim=there.axis.dim + (there.axis.dim >= dim)))
+        there = there._replace(
+            axis=there.axis._replace(dim=there.axis.dim + (there.axis.dim >= dim))
+        )
         axis = state.axis if isinstance(state, Shift) else there.axis
     if name == "aten::masked_scatter":
         if axis.dim != dims - 1 or shape_of(source)[-1] != reference.features:

@@ -91,8 +91,8 @@ class _Search:
 
     def _no_norms(self) -> str:
         names = {name_of(node) for node in self.trace.graph.nodes}
-        if "aten::rms_norm" in names or "aten::mean" in names and (
-            names & {"aten::rsqrt", "aten::sqrt"}
+        if "aten::rms_norm" in names or (
+            "aten::mean" in names and (names & {"aten::rsqrt", "aten::sqrt"})
         ):
             return "it has no layer norm over a last dimension; it seems to use RMSNorm already"
         return "it has no layer norm over a last dimension"
@@ -285,9 +285,7 @@ class _Search:
             if isinstance(state, Lost):
                 op = name_of(state.node).removeprefix("aten::")
                 where = self.trace.module(state.node)
-                found.append(
-                    Conflict(where, f"{op} reads the un-normalised stream", state.sources)
-                )
+                found.append(Conflict(where, f"{op} reads the un-normalised stream", state.sources))
             elif state is not None:
                 found.append(
                     Conflict(
@@ -325,7 +323,9 @@ class _Search:
 
     def _refuse(self, plan: Plan) -> None:
         for group in self.groups:
-            if group.path in plan.left and any(self._reads_residual_sum(n.value) for n in group.norms):
+            if group.path in plan.left and any(
+                self._reads_residual_sum(n.value) for n in group.norms
+            ):
                 raise NotConvertible(
                     group.path, f"this norm of a residual stream stays: {plan.left[group.path]}"
                 )
@@ -374,8 +374,8 @@ class _Search:
 
 
 _ROWS = {
-    "effkern_trace::mark", "getitem", "aten::dropout", "aten::clone", "aten::contiguous", "aten::to",
-    "aten::_to_copy", "aten::view", "aten::reshape", "aten::flatten", "aten::unflatten",
+    "effkern_trace::mark", "getitem", "aten::dropout", "aten::clone", "aten::contiguous",
+    "aten::to", "aten::_to_copy", "aten::view", "aten::reshape", "aten::flatten", "aten::unflatten",
     "aten::squeeze", "aten::unsqueeze", "aten::permute", "aten::transpose", "aten::slice",
     "aten::select", "aten::split", "aten::chunk", "aten::cat", "aten::roll", "aten::pad",
     "aten::mean", "aten::index", "aten::expand",

@@ -239,9 +239,7 @@ def _report(
     return report
 
 
-def _not_covered(
-    traced: Trace, names: list[str], checks: list[Check], dropout: bool
-) -> list[str]:
+def _not_covered(traced: Trace, names: list[str], checks: list[Check], dropout: bool) -> list[str]:
     texts = [
         "what the example inputs do not reach: other arguments and flags, and sizes other than "
         "those checked",
@@ -261,7 +259,10 @@ def _not_covered(
     missing = {"another batch size", "another length"} - {
         c.inputs.removeprefix("random inputs of ") for c in checks
     }
-    texts += [f"inputs of {what}: the model does not take them as they were tried" for what in sorted(missing)]
+    texts += [
+        f"inputs of {what}: the model does not take them as they were tried"
+        for what in sorted(missing)
+    ]
     if any(c.dtype != "float64" for c in checks):
         texts.append("the difference in float64: the model does not run in it")
     return texts

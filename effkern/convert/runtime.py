@@ -40,7 +40,7 @@ def _biased(
 
 
 def recentre(x: Tensor, dim: int) -> Tensor:
-    """x minus its mean along a dimension."""
+    """X minus its mean along a dimension."""
     return x - x.mean(dim, keepdim=True)
 
 

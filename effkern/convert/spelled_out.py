@@ -80,7 +80,7 @@ class _Matcher:
         return None, node
 
     def _quotient(self, node: Any) -> tuple[Any, Any]:
-        """a and b of ``a * rsqrt(b)`` or ``a / sqrt(b)``."""
+        """A and b of ``a * rsqrt(b)`` or ``a / sqrt(b)``."""
         product = self._binary("aten::mul", node)
         for own, root in (product, product[::-1]) if product else ():
             inner = self._unary("aten::rsqrt", root)
@@ -105,7 +105,7 @@ class _Matcher:
         return None, None
 
     def _mean(self, node: Any) -> Any:
-        """x of ``x.mean(-1, keepdim=True)``."""
+        """X of ``x.mean(-1, keepdim=True)``."""
         node = self._plain(node)
         if not isinstance(node, Node) or name_of(node) != "aten::mean":
             return None
@@ -118,7 +118,7 @@ class _Matcher:
         return bound["self"]
 
     def _centred(self, node: Any) -> Node | None:
-        """x of ``x - mean(x)``."""
+        """X of ``x - mean(x)``."""
         pair = self._binary("aten::sub", node)
         if pair is None or self._plain(self._mean(pair[1])) is not self._plain(pair[0]):
             return None

@@ -15,7 +15,7 @@ from effkern.convert.trace import Trace, positional_names
 
 __all__ = ["apply", "steps_of"]
 
-#: One change: its ``kind``, the ``module`` it is made to, and what that kind needs; JSON can hold it.
+#: One change: its ``kind``, the ``module`` that it is made to, what that kind needs; JSON holds it.
 Step = dict[str, Any]
 
 

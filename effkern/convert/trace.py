@@ -83,7 +83,7 @@ class Trace:
         )
 
     def overlaps(self, node: Node) -> str | None:
-        """The name of a tensor that lies in the same storage as a placeholder's, as another view."""
+        """The name of another view of the storage that a placeholder's tensor lies in."""
         mine = self._places[self.parameters[node]]
         others = self._by_storage[mine[0]] - self._by_place[mine]
         return min(others, default=None)

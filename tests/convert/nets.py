@@ -136,7 +136,9 @@ class SpelledOut(nn.Module):
 class Net(nn.Module):
     """Embedding, blocks, norm, head."""
 
-    def __init__(self, *blocks: nn.Module, tied: bool = False, final: nn.Module | None = None) -> None:
+    def __init__(
+        self, *blocks: nn.Module, tied: bool = False, final: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, D)
         self.blocks = nn.ModuleList(blocks or [Block(), Block()])

@@ -40,8 +40,10 @@ REFUSED = {
     "torchvision swin": "cat reads the un-normalised stream",
     "nn.TransformerEncoder without a last norm": "'output' is the un-normalised stream",
 }
-SLOW_REFUSED = ("transformers BEiT", "transformers VideoMAE", "transformers ModernBERT", "transformers PVT",
-                "transformers SAM vision", "timm xcit", "transformers BART", "torchvision swin")  # fmt: skip
+SLOW_REFUSED = (
+    "transformers BEiT", "transformers VideoMAE", "transformers ModernBERT", "transformers PVT",
+    "transformers SAM vision", "transformers BART", "timm xcit", "torchvision swin",
+)  # fmt: skip
 
 CONVERTED = [*(name for name in ARCHITECTURES if name not in REFUSED), *OUTPUTS]
 

@@ -1,4 +1,4 @@
-"""What cannot be proved is refused with the place and the reason, and left bit for bit as it was."""
+"""What cannot be proved is refused with the place and the reason, and left bit for bit."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "read": (Reader, "blocks.1.norm", "linear reads the un-normalised stream"),
     "merged": (Merged, "blocks.1.norm", "cat reads the un-normalised stream"),
     "depthwise": (lambda: Net(Depthwise(), Depthwise()), "norm", "conv1d reads the un-normalised"),
-    "RMSNorm": (lambda: Net(Block(RootMeanSquare()), final=RootMeanSquare()), "", "RMSNorm already"),
+    "RMSNorm": (lambda: Net(Block(RootMeanSquare()), final=RootMeanSquare()),
+                "", "RMSNorm already"),
     "no norm": (lambda: Net(Block(nn.Identity()), final=nn.Identity()), "", "no layer norm"),
     "not traced": (Branching, "", "cannot be traced"),
 }  # fmt: skip

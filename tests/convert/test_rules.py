@@ -142,7 +142,8 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], bool]] = {
     "avg_pool2d": (lambda x: F.avg_pool2d(x, 2), (r(2, D, 4, 4),), True),
     "adaptive_avg_pool2d": (lambda x: F.adaptive_avg_pool2d(x, 1), (r(2, D, 4, 4),), True),
     "max_pool2d": (lambda x: F.max_pool2d(x, 2), (r(2, D, 4, 4),), False),
-    "interpolate": (lambda x: F.interpolate(x, size=(6, 6), mode="bicubic"), (r(1, D, 3, 3),), True),
+    "interpolate": (lambda x: F.interpolate(x, size=(6, 6), mode="bicubic"),
+                    (r(1, D, 3, 3),), True),
     "pool features": (lambda x: F.avg_pool1d(x, 2), (r(2, 3, D),), False),
     "layer_norm": (lambda x: F.layer_norm(x, (D,)), (r(3, D),), False),
     "layer_norm of both": (lambda x: F.layer_norm(x, (3, D)), (r(2, 3, D),), False),
@@ -177,7 +178,9 @@ def traced() -> dict[str, Traced]:
     program = torch.export.export(Everything(), (operands,), strict=False)
     graph = program.graph
     holders = iter(
-        node for node in graph.nodes if node.op == "placeholder" and node.name.startswith("operands")
+        node
+        for node in graph.nodes
+        if node.op == "placeholder" and node.name.startswith("operands")
     )
     (output,) = (node for node in graph.nodes if node.op == "output")
     found = {}
@@ -277,5 +280,3 @@ def _reads(labels: Tensor, rows: Tensor, axis: Axis) -> bool:
     along = axis.dim + 1
     counting = torch.arange(D).view(*[1] * along, D, *[1] * (parts.dim() - along - 1))
     return bool((parts == counting).all()) and bool((same == same.narrow(along, 0, 1)).all())
-
-
