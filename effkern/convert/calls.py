@@ -33,9 +33,9 @@ def arguments(node: Node) -> dict[str, Any]:
     return bound
 
 
-def shape_of(node: Node) -> tuple[int, ...]:
+def shape_of(node: Any) -> tuple[int, ...]:
     """The shape of the tensor that a node stands for; empty for what is none."""
-    value = node.meta.get("val")
+    value = node.meta.get("val") if isinstance(node, Node) else None
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 

@@ -270,7 +270,7 @@ def pad(node: Node, given: Given) -> State:
     state = given(bound["self"])
     if not isinstance(state, Shift):
         return lost(node, given)
-    widths = bound.get("pad", bound.get("padding"))
+    widths = bound["pad"] if "pad" in bound else bound["padding"]
     dims = len(shape_of(node))
     padded = {dims - 1 - i // 2 for i, width in enumerate(widths) if width != 0}
     if state.axis.dim in padded or state.scale is not None:

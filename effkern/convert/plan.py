@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from effkern.convert import arithmetic_rules, layout_rules  # noqa: F401 (they fill the table)
+from effkern.convert.axes import Axis
 from effkern.convert.calls import name_of
 from effkern.convert.demands import Demands, Key
 from effkern.convert.norms import NormModule, find_norms
@@ -220,10 +221,10 @@ class _Search:
     def _may_recentre(self, key: Key) -> bool:
         if not is_mark(key.node) or key.scale is not None or not key.axis.whole:
             return False
-        site = self.trace.sites[key.node.args[1]]
+        site = self.trace.sites[key.node.args[1]]  # type: ignore[index]
         return site not in self.banned
 
-    def _axis_at(self, mark: Node, key: Key) -> object:
+    def _axis_at(self, mark: Node, key: Key) -> Axis:
         """The axis at another call's mark of the same place: as many dimensions from the right."""
         dims, other = (node.meta["val"].dim() for node in (key.node, mark))
         return key.axis._replace(dim=key.axis.dim + other - dims)
@@ -273,9 +274,9 @@ class _Search:
         plain = state is None or (
             isinstance(state, Shift) and state.axis == axis and state.scale is None
         )
-        if not plain or node.meta["val"].shape[axis.dim] != key.features:  # type: ignore[attr-defined]
+        if not plain or node.meta["val"].shape[axis.dim] != key.features:
             return Lost(node, before | bits[site])
-        return Shift(axis, key.features, True, None, before | bits[site])  # type: ignore[arg-type]
+        return Shift(axis, key.features, True, None, before | bits[site])
 
     def _conflicts(self, plan: Plan, states: dict[Node, State]) -> list[Conflict]:
         found: list[Conflict] = []

@@ -203,7 +203,7 @@ def _read(program: Any, names: list[str], sites: list[Site], model: nn.Module) -
             outputs[names[len(outputs)]] = value
         else:
             mutated.append(((spec.target or "").removeprefix("model."), value))
-    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     return Trace(graph, parameters, fixed, outputs, mutated, sites, tensors)
 

@@ -85,7 +85,8 @@ def training_form(model: nn.Module) -> nn.Module:
         for scale in record.scales:
             tensors[scale.names[0]].copy_(scale.value)
     readers: dict[str, _Shadow] = {}
-    for entry in (*record.edits, *record.scales):
+    entries: list[EditRecord | ScaleRecord] = [*record.edits, *record.scales]
+    for entry in entries:
         for path in entry.readers:
             readers.setdefault(path, _Shadow(model, record.dropout)).entries.append(entry)
     for path, shadow in readers.items():
@@ -166,7 +167,7 @@ class _DropoutSeen(TorchDispatchMode):
 
 def named_tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by every name they have."""
-    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     return tensors | dict(model.named_buffers(remove_duplicate=False))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ def in_float64(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             twins[id(tensor)] = copied
         return twins[id(tensor)]
 
-    containers = [c for m in model.modules() for c in (m._parameters, m._buffers)]
+    containers: list[Any] = [c for m in model.modules() for c in (m._parameters, m._buffers)]
     before = [(container, dict(container)) for container in containers]
     try:
         for container in containers:
