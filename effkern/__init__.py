@@ -4,6 +4,8 @@ optimizer = effkern.FusedAdamW(model.parameters(), lr=3e-4)     # for torch.opti
 norm = effkern.nn.RMSNorm(768)                                  # for torch.nn.RMSNorm
 """
 
+from typing import TYPE_CHECKING, Any
+
 from effkern import nn
 from effkern.backends.choice import BackendStatus, backends, use_backend
 from effkern.nn.swap import swap_norms
@@ -20,6 +22,9 @@ from effkern.optim import (
 )
 from effkern.version import __version__
 
+if TYPE_CHECKING:
+    from effkern import convert
+
 __all__ = [
     "BackendStatus",
     "FusedAdadelta",
@@ -33,7 +38,17 @@ __all__ = [
     "__version__",
     "backends",
     "clip_grad_norm_",
+    "convert",
     "nn",
     "swap_norms",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Parts that are imported when they are first used."""
+    if name == "convert":
+        import importlib
+
+        return importlib.import_module("effkern.convert")
+    raise AttributeError(f"module 'effkern' has no attribute {name!r}")

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from effkern.cli import bench, demo, doctor
+from effkern.cli import bench, convert, demo, doctor
 from effkern.version import __version__
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.add_typer(bench.app, name="bench")
+app.command("convert")(convert.convert)
 
 
 def _print_version(wanted: bool) -> None:

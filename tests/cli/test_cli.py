@@ -28,6 +28,7 @@ COMMANDS = (
     ["bench", "adam"],
     ["bench", "optimizers"],
     ["bench", "rms_norm"],
+    ["convert"],
 )
 WORKING = [command for command in COMMANDS if command not in ([], ["bench"])]
 
@@ -71,7 +72,7 @@ def test_only_commands_that_exist_are_listed(capsys):
     shown = capsys.readouterr().out
     commands = shown.split("Commands")[1]
     names = {line.split()[1] for line in commands.splitlines() if line.startswith("│ ")}
-    assert names == {"doctor", "demo", "bench"}
+    assert names == {"doctor", "demo", "bench", "convert"}
 
 
 def test_version(capsys):
@@ -96,6 +97,10 @@ def test_version(capsys):
         ["bench", "rms_norm", "--rounds", "0"],
         ["bench", "rms_norm", "--hidden-size", "0"],
         ["bench", "nonsense"],
+        ["convert", "/nowhere/at/all", "out"],
+        ["convert", ".", "."],
+        ["convert", ".", "tests"],
+        ["convert", ".", "out", "--to", "layernorm"],
     ],
     ids=" ".join,
 )
@@ -105,7 +110,7 @@ def test_bad_arguments_exit_with_2(arguments, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-@pytest.mark.parametrize("command", WORKING, ids=" ".join)
+@pytest.mark.parametrize("command", [c for c in WORKING if c != ["convert"]], ids=" ".join)
 def test_a_device_that_is_not_there_exits_with_1(command, capsys):
     assert cli.main([*command, "--device", "cuda"]) == 1
     assert failure(capsys).startswith("effkern: --device cuda: ")

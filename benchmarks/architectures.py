@@ -1,0 +1,431 @@
+"""Small random models of many architectures, to try the conversion on; none is known to effkern.
+
+Each entry builds a model and its inputs; where its package is missing that raises ImportError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+IDS = torch.arange(14).view(2, 7) * 5 % 90 + 5
+IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+WAVE = torch.randn(2, 800, generator=torch.Generator().manual_seed(0))
+
+SPECIAL = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TEXT = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "max_position_embeddings": 32,
+}
+GPT = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 20}
+VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
+PAIR = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "decoder_start_token_id": 1,
+}
+AUDIO = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "conv_dim": [16, 16],
+    "conv_stride": [5, 4],
+    "conv_kernel": [10, 8],
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+    "vocab_size": 40,
+}
+STABLE = AUDIO | {"do_stable_layer_norm": True, "feat_extract_norm": "layer"}
+
+Built = tuple[torch.nn.Module, Any]
+
+
+def hf(model: str, config: str, inputs: dict[str, Any], **settings: Any) -> Callable[[], Built]:
+    """A model of transformers, by the names of its class and its config's."""
+
+    def build() -> Built:
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        torch.manual_seed(0)
+        made = getattr(transformers, model)(getattr(transformers, config)(**settings))
+        return made, inputs
+
+    return build
+
+
+def tm(name: str, **settings: Any) -> Callable[[], Built]:
+    """A model of timm."""
+
+    def build() -> Built:
+        import timm
+
+        torch.manual_seed(0)
+        small = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2} | settings
+        return timm.create_model(name, **small), (IMAGE,)
+
+    return build
+
+
+def mixer() -> Built:
+    """MLP-Mixer of timm."""
+    from timm.models import MlpMixer
+
+    return MlpMixer(img_size=32, patch_size=8, embed_dim=48, num_blocks=2), (IMAGE,)
+
+
+def tv(name: str) -> Callable[[], Built]:
+    """A model of torchvision."""
+
+    def build() -> Built:
+        from torchvision import models
+
+        small = {
+            "vit": lambda: models.VisionTransformer(32, 16, 2, 2, 48, 96),
+            "swin": lambda: models.SwinTransformer([4, 4], 16, [1, 1], [2, 2], [4, 4]),
+        }
+        return small[name](), (IMAGE,)
+
+    return build
+
+
+def encoder(final: bool = True) -> Callable[[], Built]:
+    """nn.TransformerEncoder, Pre-LN, with or without a norm after the last layer."""
+
+    def build() -> Built:
+        layer = torch.nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, norm_first=True)
+        norm = torch.nn.LayerNorm(32) if final else None
+        model = torch.nn.TransformerEncoder(layer, 2, norm=norm, enable_nested_tensor=False)
+        return model, (torch.randn(2, 5, 32),)
+
+    return build
+
+
+T, PX, WV = {"input_ids": IDS}, {"pixel_values": IMAGE}, {"input_values": WAVE}
+TT = {"input_ids": IDS, "decoder_input_ids": IDS}
+FRAMES = {"pixel_values": torch.randn(2, 4, 3, 32, 32)}
+CLIP_TEXT = {k: v for k, v in TEXT.items() if k != "max_position_embeddings"} | {
+    "vocab_size": 99,
+    "max_position_embeddings": 7,
+}
+
+ARCHITECTURES: dict[str, Callable[[], Built]] = {
+    "transformers GPT2": hf("GPT2LMHeadModel", "GPT2Config", T, **GPT, **SPECIAL),
+    "transformers OPT": hf(
+        "OPTForCausalLM", "OPTConfig", T, **TEXT, ffn_dim=64, word_embed_proj_dim=32, **SPECIAL
+    ),
+    "transformers BLOOM": hf(
+        "BloomForCausalLM", "BloomConfig", T, n_layer=2, n_head=2, hidden_size=32, **SPECIAL
+    ),
+    "transformers GPTNeoX": hf("GPTNeoXForCausalLM", "GPTNeoXConfig", T, **TEXT, **SPECIAL),
+    "transformers GPTJ": hf("GPTJForCausalLM", "GPTJConfig", T, rotary_dim=8, **GPT, **SPECIAL),
+    "transformers ViT": hf("ViTModel", "ViTConfig", PX, **VISION),
+    "transformers CLIP text": hf("CLIPTextModel", "CLIPTextConfig", T, **CLIP_TEXT),
+    "transformers CLIP vision": hf("CLIPVisionModel", "CLIPVisionConfig", PX, **VISION),
+    "transformers Whisper": hf(
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": IDS},
+        num_mel_bins=8,
+        max_source_positions=20,
+        max_target_positions=20,
+        **PAIR,
+        **SPECIAL,
+    ),
+    "transformers Phi": hf("PhiForCausalLM", "PhiConfig", T, **TEXT, **SPECIAL),
+    "transformers Falcon": hf("FalconForCausalLM", "FalconConfig", T, **TEXT, **SPECIAL),
+    "transformers StableLM": hf(
+        "StableLmForCausalLM", "StableLmConfig", T, num_key_value_heads=2, **TEXT, **SPECIAL
+    ),
+    "transformers CodeGen": hf(
+        "CodeGenForCausalLM", "CodeGenConfig", T, rotary_dim=4, **GPT | {"n_head": 4}, **SPECIAL
+    ),
+    "transformers GPTNeo": hf(
+        "GPTNeoForCausalLM",
+        "GPTNeoConfig",
+        T,
+        num_layers=2,
+        num_heads=2,
+        hidden_size=32,
+        attention_types=[[["global", "local"], 1]],
+        **SPECIAL,
+    ),
+    "transformers GPTBigCode": hf("GPTBigCodeForCausalLM", "GPTBigCodeConfig", T, **GPT, **SPECIAL),
+    "transformers MPT": hf(
+        "MptForCausalLM",
+        "MptConfig",
+        T,
+        d_model=32,
+        n_heads=2,
+        n_layers=2,
+        max_seq_len=32,
+        **SPECIAL,
+    ),
+    "transformers Persimmon": hf("PersimmonForCausalLM", "PersimmonConfig", T, **TEXT, **SPECIAL),
+    "transformers XGLM": hf(
+        "XGLMForCausalLM",
+        "XGLMConfig",
+        T,
+        d_model=32,
+        ffn_dim=64,
+        num_layers=2,
+        attention_heads=2,
+        **SPECIAL,
+    ),
+    "transformers BioGPT": hf("BioGptForCausalLM", "BioGptConfig", T, **TEXT, **SPECIAL),
+    "transformers Nemotron": hf(
+        "NemotronForCausalLM",
+        "NemotronConfig",
+        T,
+        num_key_value_heads=2,
+        head_dim=16,
+        **TEXT,
+        **SPECIAL,
+    ),
+    "transformers Cohere": hf("CohereForCausalLM", "CohereConfig", T, **TEXT, **SPECIAL),
+    "transformers OLMo": hf("OlmoForCausalLM", "OlmoConfig", T, **TEXT, **SPECIAL),
+    "transformers Starcoder2": hf(
+        "Starcoder2ForCausalLM", "Starcoder2Config", T, num_key_value_heads=2, **TEXT, **SPECIAL
+    ),
+    "transformers XLM-RoBERTa-XL": hf(
+        "XLMRobertaXLModel", "XLMRobertaXLConfig", T, **TEXT, **SPECIAL
+    ),
+    "transformers MegatronBERT": hf(
+        "MegatronBertModel", "MegatronBertConfig", T, **TEXT, vocab_size=99
+    ),
+    "transformers RoBERTa-PreLN": hf(
+        "RobertaPreLayerNormModel", "RobertaPreLayerNormConfig", T, **TEXT, **SPECIAL
+    ),
+    "transformers ESM": hf(
+        "EsmModel", "EsmConfig", T, mask_token_id=4, vocab_size=99, pad_token_id=0, **TEXT
+    ),
+    "transformers CTRL": hf("CTRLModel", "CTRLConfig", T, dff=64, vocab_size=99, **GPT),
+    "transformers mBART": hf(
+        "MBartForConditionalGeneration",
+        "MBartConfig",
+        TT,
+        max_position_embeddings=32,
+        **PAIR,
+        **SPECIAL,
+    ),
+    "transformers Pegasus": hf(
+        "PegasusForConditionalGeneration",
+        "PegasusConfig",
+        TT,
+        max_position_embeddings=32,
+        **PAIR,
+        **SPECIAL,
+    ),
+    "transformers M2M100": hf(
+        "M2M100ForConditionalGeneration",
+        "M2M100Config",
+        TT,
+        max_position_embeddings=32,
+        **PAIR,
+        **SPECIAL,
+    ),
+    "transformers Blenderbot": hf(
+        "BlenderbotForConditionalGeneration",
+        "BlenderbotConfig",
+        TT,
+        max_position_embeddings=32,
+        **PAIR,
+        **SPECIAL,
+    ),
+    "transformers Speech2Text": hf(
+        "Speech2TextForConditionalGeneration",
+        "Speech2TextConfig",
+        {"input_features": torch.randn(2, 24, 8), "decoder_input_ids": IDS},
+        input_feat_per_channel=8,
+        conv_channels=16,
+        max_source_positions=40,
+        max_target_positions=32,
+        **PAIR,
+        **SPECIAL,
+    ),
+    "transformers MusicGen": hf(
+        "MusicgenForCausalLM",
+        "MusicgenDecoderConfig",
+        {"input_ids": torch.randint(0, 39, (4, 7))},
+        vocab_size=40,
+        num_hidden_layers=2,
+        ffn_dim=64,
+        num_attention_heads=2,
+        hidden_size=32,
+        num_codebooks=2,
+        pad_token_id=39,
+        bos_token_id=1,
+    ),
+    "transformers Moonshine": hf(
+        "MoonshineModel",
+        "MoonshineConfig",
+        {"input_values": torch.randn(2, 4000), "decoder_input_ids": IDS},
+        hidden_size=32,
+        intermediate_size=64,
+        encoder_num_hidden_layers=2,
+        decoder_num_hidden_layers=2,
+        encoder_num_attention_heads=2,
+        decoder_num_attention_heads=2,
+        **SPECIAL,
+    ),
+    "transformers Wav2Vec2 stable": hf("Wav2Vec2Model", "Wav2Vec2Config", WV, **STABLE),
+    "transformers HuBERT stable": hf("HubertModel", "HubertConfig", WV, **STABLE),
+    "transformers WavLM stable": hf("WavLMModel", "WavLMConfig", WV, **STABLE),
+    "transformers UniSpeechSat stable": hf("UniSpeechSatModel", "UniSpeechSatConfig", WV, **STABLE),
+    "transformers Wav2Vec2 Conformer": hf(
+        "Wav2Vec2ConformerModel",
+        "Wav2Vec2ConformerConfig",
+        WV,
+        position_embeddings_type="rotary",
+        **AUDIO,
+    ),
+    "transformers AST": hf(
+        "ASTModel",
+        "ASTConfig",
+        {"input_values": torch.randn(2, 32, 16)},
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_length=32,
+        num_mel_bins=16,
+        patch_size=8,
+        frequency_stride=8,
+        time_stride=8,
+    ),
+    "transformers DeiT": hf("DeiTModel", "DeiTConfig", PX, **VISION),
+    "transformers BEiT": hf("BeitModel", "BeitConfig", PX, **VISION),
+    "transformers DINOv2": hf("Dinov2Model", "Dinov2Config", PX, **VISION),
+    "transformers DINOv3": hf("DINOv3ViTModel", "DINOv3ViTConfig", PX, **VISION),
+    "transformers ViTMAE": hf(
+        "ViTMAEForPreTraining",
+        "ViTMAEConfig",
+        PX,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=32,
+        **VISION,
+    ),
+    "transformers ViTMSN": hf("ViTMSNModel", "ViTMSNConfig", PX, **VISION),
+    "transformers SigLIP vision": hf("SiglipVisionModel", "SiglipVisionConfig", PX, **VISION),
+    "transformers I-JEPA": hf("IJepaModel", "IJepaConfig", PX, **VISION),
+    "transformers YOLOS": hf(
+        "YolosModel",
+        "YolosConfig",
+        PX,
+        **VISION | {"image_size": [32, 32], "num_detection_tokens": 3},
+    ),
+    "transformers TimeSformer": hf(
+        "TimesformerModel", "TimesformerConfig", FRAMES, num_frames=4, **VISION
+    ),
+    "transformers VideoMAE": hf("VideoMAEModel", "VideoMAEConfig", FRAMES, num_frames=4, **VISION),
+    "transformers FLAVA image": hf("FlavaImageModel", "FlavaImageConfig", PX, **VISION),
+    "transformers SegFormer": hf(
+        "SegformerModel",
+        "SegformerConfig",
+        PX,
+        hidden_sizes=[16] * 4,
+        depths=[1] * 4,
+        num_attention_heads=[1, 1, 2, 2],
+    ),
+    "transformers BERT": hf("BertModel", "BertConfig", T, **TEXT, vocab_size=99),
+    "transformers BART": hf(
+        "BartModel", "BartConfig", TT, max_position_embeddings=32, **PAIR, **SPECIAL
+    ),
+    "transformers T5": hf(
+        "T5Model",
+        "T5Config",
+        TT,
+        d_model=32,
+        d_kv=16,
+        num_layers=2,
+        num_heads=2,
+        d_ff=64,
+        vocab_size=99,
+        decoder_start_token_id=0,
+    ),
+    "transformers Llama": hf("LlamaModel", "LlamaConfig", T, **TEXT, **SPECIAL),
+    "transformers ModernBERT": hf(
+        "ModernBertModel", "ModernBertConfig", T, cls_token_id=1, sep_token_id=2, **TEXT, **SPECIAL
+    ),
+    "transformers Swin": hf(
+        "SwinModel",
+        "SwinConfig",
+        PX,
+        image_size=32,
+        patch_size=4,
+        embed_dim=16,
+        depths=[1, 1],
+        num_heads=[2, 2],
+        window_size=4,
+    ),
+    "transformers ConvNeXt": hf(
+        "ConvNextModel", "ConvNextConfig", PX, hidden_sizes=[16] * 4, depths=[1] * 4
+    ),
+    "transformers SAM vision": hf(
+        "SamVisionModel",
+        "SamVisionConfig",
+        PX,
+        output_channels=16,
+        window_size=2,
+        global_attn_indexes=[1],
+        num_pos_feats=8,
+        mlp_dim=64,
+        **{k: v for k, v in VISION.items() if k != "intermediate_size"},
+    ),
+    "transformers PVT": hf(
+        "PvtModel",
+        "PvtConfig",
+        PX,
+        hidden_sizes=[16] * 4,
+        depths=[1] * 4,
+        num_attention_heads=[1, 1, 2, 2],
+        image_size=32,
+    ),
+    "transformers ResNet": hf(
+        "ResNetModel",
+        "ResNetConfig",
+        PX,
+        embedding_size=8,
+        hidden_sizes=[8, 8],
+        depths=[1, 1],
+        layer_type="basic",
+    ),
+    "timm vit": tm("vit_tiny_patch16_224"),
+    "timm deit3": tm("deit3_small_patch16_224"),
+    "timm mixer": mixer,
+    "timm beit": tm("beit_base_patch16_224"),
+    "timm eva02": tm("eva02_tiny_patch14_224", patch_size=8),
+    "timm cait": tm("cait_xxs24_224"),
+    "timm xcit": tm("xcit_nano_12_p8_224"),
+    "timm vit with registers": tm("vit_base_patch14_reg4_dinov2", patch_size=8),
+    "timm vit, average pool": tm("vit_base_patch16_siglip_gap_224"),
+    "timm vit, attention pool": tm("vit_base_patch16_siglip_224"),
+    "torchvision vit": tv("vit"),
+    "torchvision swin": tv("swin"),
+    "nn.TransformerEncoder": encoder(),
+    "nn.TransformerEncoder without a last norm": encoder(final=False),
+}
+
+#: Where the conversion is asked to keep some outputs alone.
+OUTPUTS = {"transformers CLIP vision, pooled": ("transformers CLIP vision", ["pooler_output"])}

@@ -1,0 +1,88 @@
+"""Which architectures convert, what stays of their layer norms, and how far outputs then differ.
+
+python benchmarks/convert.py [NAME ...]   prints the table of docs/convert.md; results/convert.json
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+from architectures import ARCHITECTURES, OUTPUTS
+from common import RESULTS
+
+import effkern
+from effkern.convert import NotConvertible
+from effkern.convert.flatten import named_tensors
+
+
+def main() -> None:
+    rows = []
+    wanted = {name: (name, None) for name in ARCHITECTURES} | OUTPUTS
+    for label, (name, outputs) in wanted.items():
+        if len(sys.argv) == 1 or any(part in label for part in sys.argv[1:]):
+            rows.append({"architecture": label} | tried(name, outputs))
+            print(as_row(rows[-1]), flush=True)
+    if len(sys.argv) == 1:
+        (RESULTS / "convert.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def tried(name: str, outputs: list[str] | None) -> dict[str, Any]:
+    try:
+        model, inputs = ARCHITECTURES[name]()
+    except ImportError as error:
+        return {"result": f"not tried: {error}"}
+    randomise(model)
+    before = run(model, inputs)
+    try:
+        report = effkern.convert.to_rmsnorm(model, inputs, outputs=outputs).report
+    except NotConvertible as error:
+        return {"result": f"refused: {error}"}
+    after = run(model, inputs)
+    return {
+        "result": "converted",
+        "swapped": len(report.swapped),
+        "left": len(report.left),
+        "recentred": len(report.recentred),
+        "float64": max(check.difference for check in report.checks),
+        "float32": max(relative(before[name], after[name]) for name in report.outputs),
+    }
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Random affines and biases, and weights with a mean, so that equality means something."""
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.add_(0.02 * noise + 0.01)
+            else:
+                parameter.copy_(0.3 * noise + (0 if "bias" in name else 1))
+
+
+def run(model: torch.nn.Module, inputs: Any) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        torch.manual_seed(0)
+        result = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    return {name: tensor.clone() for name, tensor in named_tensors(result)}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    if not a.is_floating_point() or a.numel() == 0:
+        return 0.0
+    return ((a - b).abs().max() / a.abs().max().clamp(min=1)).item()
+
+
+def as_row(row: dict[str, Any]) -> str:
+    if row["result"] != "converted":
+        return f"| {row['architecture']} | {row['result']} | | | | |"
+    return (
+        f"| {row['architecture']} | converted | {row['swapped']} of {row['swapped'] + row['left']} "
+        f"| {row['recentred']} | {row['float64']:.0e} | {row['float32']:.0e} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

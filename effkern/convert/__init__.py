@@ -1,0 +1,20 @@
+"""Conversion of trained Pre-LN models to their equal, cheaper Pre-RMSNorm twins.
+
+result = effkern.convert.to_rmsnorm(model, (example,))      # edits the model in place
+print(result.report)
+"""
+
+from effkern.convert.checkpoint import load
+from effkern.convert.report import ConversionReport, NotConvertible
+from effkern.convert.rmsnorm import Conversion, to_rmsnorm
+from effkern.convert.training import inference_form, training_form
+
+__all__ = [
+    "Conversion",
+    "ConversionReport",
+    "NotConvertible",
+    "inference_form",
+    "load",
+    "to_rmsnorm",
+    "training_form",
+]

@@ -1,0 +1,140 @@
+"""Layer norms that a module spells out in elementary operations, without calling layer_norm."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch.fx import Node
+
+from effkern.convert.calls import arguments, name_of, shape_of
+from effkern.convert.trace import Trace
+
+__all__ = ["SpelledOut", "match"]
+
+_CASTS = ("aten::to", "aten::_to_copy", "aten::type_as")
+
+
+class SpelledOut(NamedTuple):
+    """A layer norm over the last dimension, found in the operations of one call of a module."""
+
+    value: Node
+    eps: float
+    weight: Node | None
+    bias: Node | None
+    nodes: set[Node]  # the operations that it is made of
+
+
+def match(trace: Trace, result: Node) -> SpelledOut | None:
+    """Read ``(x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias`` in a graph.
+
+    Args:
+        trace: of the model.
+        result: what the module's call gives.
+    """
+    return _Matcher(trace).read(result)
+
+
+class _Matcher:
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.nodes: set[Node] = set()
+
+    def read(self, result: Node) -> SpelledOut | None:
+        bias, node = self._parameter_of("aten::add", result)
+        weight, node = self._parameter_of("aten::mul", node)
+        centred, variance = self._quotient(node)
+        if centred is None or variance is None:
+            return None
+        eps, mean_square = self._sum_with_number(variance)
+        value = self._centred(centred)
+        if eps is None or value is None or not self._is_variance(mean_square, centred, value):
+            return None
+        return SpelledOut(value, eps, weight, bias, self.nodes)
+
+    def _plain(self, node: Any) -> Any:
+        """A value without the casts around it."""
+        while isinstance(node, Node) and name_of(node) in _CASTS:
+            self.nodes.add(node)
+            node = node.args[0]
+        return node
+
+    def _binary(self, name: str, node: Any) -> tuple[Any, Any] | None:
+        node = self._plain(node)
+        if isinstance(node, Node) and name_of(node) == name and len(node.args) >= 2:
+            if arguments(node).get("alpha", 1) != 1:
+                return None
+            self.nodes.add(node)
+            return node.args[0], node.args[1]
+        return None
+
+    def _parameter_of(self, name: str, node: Any) -> tuple[Node | None, Any]:
+        """The parameter that a product or sum has as one operand, and the other operand."""
+        node = self._plain(node)
+        if isinstance(node, Node) and name_of(node) == name:
+            pair = node.args[0], node.args[1]
+            for own, rest in (pair, pair[::-1]):
+                parameter = self._plain(own)
+                if isinstance(parameter, Node) and parameter in self.trace.parameters:
+                    self.nodes.add(node)
+                    return parameter, rest
+        return None, node
+
+    def _quotient(self, node: Any) -> tuple[Any, Any]:
+        """A and b of ``a * rsqrt(b)`` or ``a / sqrt(b)``."""
+        product = self._binary("aten::mul", node)
+        for own, root in (product, product[::-1]) if product else ():
+            inner = self._unary("aten::rsqrt", root)
+            if inner is not None:
+                return self._plain(own), inner
+        division = self._binary("aten::div", node)
+        if division is not None:
+            return self._plain(division[0]), self._unary("aten::sqrt", division[1])
+        return None, None
+
+    def _unary(self, name: str, node: Any) -> Any:
+        node = self._plain(node)
+        if isinstance(node, Node) and name_of(node) == name:
+            self.nodes.add(node)
+            return node.args[0]
+        return None
+
+    def _sum_with_number(self, node: Any) -> tuple[float | None, Any]:
+        pair = self._binary("aten::add", node)
+        if pair is not None and isinstance(pair[1], float | int):
+            return float(pair[1]), pair[0]
+        return None, None
+
+    def _mean(self, node: Any) -> Any:
+        """X of ``x.mean(-1, keepdim=True)``."""
+        node = self._plain(node)
+        if not isinstance(node, Node) or name_of(node) != "aten::mean":
+            return None
+        bound = arguments(node)
+        dims = bound.get("dim")
+        last = len(shape_of(bound["self"])) - 1
+        if not dims or [dim % (last + 1) for dim in dims] != [last] or not bound["keepdim"]:
+            return None
+        self.nodes.add(node)
+        return bound["self"]
+
+    def _centred(self, node: Any) -> Node | None:
+        """X of ``x - mean(x)``."""
+        pair = self._binary("aten::sub", node)
+        if pair is None or self._plain(self._mean(pair[1])) is not self._plain(pair[0]):
+            return None
+        return pair[0]
+
+    def _is_variance(self, node: Any, centred: Node, value: Node) -> bool:
+        squares = self._plain(self._mean(node))
+        if not isinstance(squares, Node):
+            return False
+        power = name_of(squares) == "aten::pow" and squares.args[1] == 2
+        product = name_of(squares) == "aten::mul" and squares.args[0] is squares.args[1]
+        if not (power or product):
+            return False
+        self.nodes.add(squares)
+        base = self._plain(squares.args[0])
+        if base is centred:
+            return True
+        again = self._centred(base)
+        return again is not None and self._plain(again) is self._plain(value)

@@ -1,0 +1,105 @@
+"""The conversion of other packages' models, built small from their configs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import effkern
+from benchmarks.architectures import ARCHITECTURES, IDS, OUTPUTS
+from effkern.convert import NotConvertible, to_rmsnorm
+from tests.convert import nets
+
+#: Those that the default suite tries; the rest is slow.
+DEFAULT = (
+    "transformers GPT2", "transformers OPT", "transformers BLOOM", "transformers GPTNeoX",
+    "transformers GPTJ", "transformers ViT", "transformers CLIP text",
+    "transformers CLIP vision, pooled", "transformers Whisper", "transformers Nemotron",
+    "transformers Cohere", "transformers OLMo", "timm vit", "timm deit3", "timm mixer",
+    "torchvision vit", "nn.TransformerEncoder",
+)  # fmt: skip
+
+REFUSED = {
+    "transformers BERT": "residual stream",
+    "transformers BART": "residual stream",
+    "transformers T5": "RMSNorm already",
+    "transformers Llama": "RMSNorm already",
+    "transformers Swin": "cat reads the un-normalised stream",
+    "transformers ConvNeXt": "residual stream",
+    "transformers ResNet": "no layer norm",
+    "transformers CLIP vision": "'last_hidden_state' is the un-normalised stream",
+    "transformers BEiT": "'last_hidden_state' is the un-normalised stream",
+    "transformers VideoMAE": "'last_hidden_state' is the un-normalised stream",
+    "transformers ModernBERT": "residual stream",
+    "transformers SAM vision": "conv2d reads the un-normalised stream",
+    "transformers PVT": "conv2d reads the un-normalised stream",
+    "timm xcit": "reads the un-normalised stream",
+    "torchvision swin": "cat reads the un-normalised stream",
+    "nn.TransformerEncoder without a last norm": "'output' is the un-normalised stream",
+}
+SLOW_REFUSED = (
+    "transformers BEiT", "transformers VideoMAE", "transformers ModernBERT", "transformers PVT",
+    "transformers SAM vision", "transformers BART", "timm xcit", "torchvision swin",
+)  # fmt: skip
+
+CONVERTED = [*(name for name in ARCHITECTURES if name not in REFUSED), *OUTPUTS]
+
+
+def built(name: str) -> tuple[torch.nn.Module, Any]:
+    """A model with random affines, or a skip that says which package is missing."""
+    package = name.split()[0]
+    if package in ("transformers", "timm", "torchvision"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    model, inputs = ARCHITECTURES[name]()
+    return nets.randomised(model), inputs
+
+
+def slow_unless(default: bool) -> list[pytest.MarkDecorator]:
+    return [] if default else [pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=slow_unless(n in DEFAULT)) for n in CONVERTED]
+)
+def test_converts(name: str) -> None:
+    name, outputs = OUTPUTS.get(name, (name, None))
+    model, inputs = built(name)
+    result = nets.converted(model, inputs, outputs=outputs)
+    again = nets.layer_norms(result.model, inputs)
+    assert again == len(result.report.left)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=slow_unless(n not in SLOW_REFUSED)) for n in REFUSED]
+)
+def test_refused(name: str) -> None:
+    model, inputs = built(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(NotConvertible, match=REFUSED[name]):
+        to_rmsnorm(model, inputs)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_generate_gives_the_same_tokens() -> None:
+    """Greedy, float32, with the key-value cache; and the cache from one model serves the other."""
+    model, _ = built("transformers GPT2")
+    twin = to_rmsnorm(copy.deepcopy(model), {"input_ids": IDS}).model
+    settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(IDS, **settings)
+    assert torch.equal(twin.generate(IDS, **settings), expected)
+    assert torch.equal(twin.generate(IDS, use_cache=False, **settings), expected)
+    assert len(expected.unique()) > 8, "a model that repeats itself shows nothing"
+
+
+def test_save_pretrained_gives_a_folder_that_transformers_itself_loads(tmp_path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model, inputs = built("transformers GPT2")
+    twin = to_rmsnorm(copy.deepcopy(model), inputs).model
+    twin.save_pretrained(tmp_path)
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    nets.assert_same(nets.call(model, inputs), nets.call(loaded, inputs), ["logits"], 1e-5)
+    with pytest.raises(NotConvertible, match="was not written by"):
+        effkern.convert.load(tmp_path)
