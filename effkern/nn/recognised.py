@@ -147,7 +147,10 @@ def _probes(module: nn.Module, features: int, epsilons: list[str]) -> Iterator[_
     wide[0, ::2] += 1
     values = [torch.randn(features, generator=generator) for _ in range(2)]
     dtypes = (torch.float32, torch.bfloat16)
+    has_parameters = any(parameter is not None for parameter in module._parameters.values())
     for x_dtype, dtype, training in itertools.product(dtypes, dtypes, (False, True)):
+        if dtype != torch.float32 and not has_parameters:
+            continue  # the same again
         probe = copy.copy(module)
         probe.__dict__ = dict(vars(module))
         probe.training = training
@@ -162,8 +165,6 @@ def _probes(module: nn.Module, features: int, epsilons: list[str]) -> Iterator[_
             except Exception:  # whatever it raises: it does not take this mixture
                 y = None
         yield _Probe(probe, x, y)
-        if not probe._parameters:
-            return
 
 
 def _agrees(probe: _Probe, found: Recognised) -> bool:

@@ -285,6 +285,21 @@ class NoisyRMSNorm(_Scaled):
         return y * 1.5 if self.training else y
 
 
+class WeightlessRMSNorm(Weightless):
+    """Gives float32 for bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _rms(x.float(), self.eps)
+
+
+class WeightlessNoisyRMSNorm(Weightless):
+    """Is itself only in eval."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * 1.5 if self.training else y
+
+
 class PartialRMSNorm(_Scaled):
     """Takes its statistics of half the features."""
 
@@ -327,6 +342,8 @@ def compiled() -> nn.Module:
         (lambda: type("GatedRMSNorm", (Gated,), {})(8), "takes more than the input"),
         (lambda: type("OuterRMSNorm", (EpsilonOutside,), {})(8), "no known convention"),
         (lambda: NoisyRMSNorm(8).eval(), "no known convention"),
+        (WeightlessRMSNorm, "no known convention"),
+        (lambda: WeightlessNoisyRMSNorm().eval(), "no known convention"),
         (lambda: PartialRMSNorm(8), "no known convention"),
         (lambda: ChannelsFirstLayerNorm(8), "no known convention"),
         (lambda: Shifted(8, eps=1e-6), "no known convention"),
