@@ -83,12 +83,14 @@ def clip_grad_norm_(
         )
     factor = torch.clamp(float(max_norm) / (norm + 1e-6), max=1.0)
     distributed = [grad for grad in grads if is_dtensor(grad)]
-    if not (norm.is_cpu and factor == 1):
+    # A graph does not wait for the norm.
+    if torch.compiler.is_compiling() or not (norm.is_cpu and factor == 1):
         for (device, dtype), alike in scaled.items():
             wide = torch.float64 if dtype in _WIDE else torch.float32
             at = factor.to(device, wide, non_blocking=True)
             torch._foreach_mul_(alike, at)
-        torch.autograd.graph.increment_version(distributed)
+        if distributed:
+            torch.autograd.graph.increment_version(distributed)
     norm = norm if any(dtype in _WIDE for _, dtype in scaled) else norm.float()
     return replicated(norm, distributed[0]) if distributed else norm
 
@@ -101,7 +103,9 @@ def _served(grad: Tensor) -> bool:
     """Whether the kernels take a gradient."""
     local = local_tensor(grad)
     plain = type(local) in PLAIN and local.layout == torch.strided
-    return plain and local.dtype in _DTYPES and (is_dtensor(grad) or not local._is_zerotensor())
+    # Dynamo cannot trace the last question.
+    asked = not is_dtensor(grad) and not torch.compiler.is_compiling()
+    return plain and local.dtype in _DTYPES and not (asked and local._is_zerotensor())
 
 
 def _readable(grad: Tensor) -> Tensor:

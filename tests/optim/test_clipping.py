@@ -204,3 +204,15 @@ def test_the_function_on_norms_that_are_not_finite(value: float) -> None:
     effkern.clip_grad_norm_(p, 1.0)
     torch.nn.utils.clip_grad_norm_(right, 1.0)
     torch.testing.assert_close(p.grad, right.grad, equal_nan=True)
+
+
+def test_the_function_in_one_graph() -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.complex64)
+    mine, theirs = ([torch.nn.Parameter(torch.zeros(6, dtype=d)) for d in dtypes] for _ in range(2))
+    clip = torch.compile(effkern.clip_grad_norm_, fullgraph=True, backend="aot_eager")
+    for max_norm in (0.5, 1e6):
+        for a, b in zip(mine, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        assert torch.equal(clip(mine, max_norm), effkern.clip_grad_norm_(theirs, max_norm))
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(mine, theirs, strict=True))
