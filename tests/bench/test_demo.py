@@ -73,11 +73,11 @@ def test_states_in_fewer_bits_train_alike(state_dtype):
     settings = DemoSettings(steps=20, batch_size=4, shape=TINY, state_dtype=state_dtype)
     training = train.train(settings)
     states = next(iter(training.effkern.optimizer.state.values()))
-    assert all(t.element_size() < 4 for key, t in states.items() if key[:3] == "exp" and t.dim())
+    stored = [t for key, t in states.items() if not key.endswith(("step", "_scales"))]
+    assert {t.dtype for t in stored} <= {torch.bfloat16, torch.int8, torch.uint8}
     summary = report.summarise(training)
     assert summary.curve_difference == max(
-        abs(b - a) / a
-        for a, b in zip(training.stock.losses, training.effkern.losses, strict=True)
+        abs(b - a) / a for a, b in zip(training.stock.losses, training.effkern.losses, strict=True)
     )
     assert 0 < summary.curve_difference < 0.01
     assert training.effkern.resident_bytes < training.stock.resident_bytes
