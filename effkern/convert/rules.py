@@ -108,4 +108,9 @@ def transfer(node: Node, states: dict[Node, State]) -> Any:
     if gone:
         return gone[0]._replace(sources=sources(list(gone)))
     known = _RULES.get(name)
-    return lost(node, given) if known is None else known(node, given)
+    if known is None:
+        return lost(node, given)
+    try:
+        return known(node, given)
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError):
+        return lost(node, given)  # an overload or a size that the rule does not foresee

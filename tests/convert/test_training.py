@@ -57,7 +57,12 @@ def train(model: nn.Module, inputs: tuple[torch.Tensor, ...], steps: int = 20) -
     return losses
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = ("tied", "functional norm", "patches")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in MODELS]
+)
 def test_trains_as_the_original(name: str) -> None:
     inputs = nets.image() if name == "patches" else nets.tokens()
     inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
