@@ -20,9 +20,19 @@ EFFKERN_INLINE Words larger_magnitude(Words most, Floats x) {
   const Words bits = bit_cast<Words>(x) & 0x7fffffffu;
   return bits > most ? bits : most;
 }
+// Lane i of v at lane i ^ distance.
+EFFKERN_INLINE Words exchanged(Words v, uint32_t distance) {
+#if defined(__clang__)  // has no __builtin_shuffle, and makes one of this
+  Words lanes;
+  for (uint32_t i = 0; i < kLanes<float>; ++i) lanes[i] = v[i ^ distance];
+  return lanes;
+#else
+  return __builtin_shuffle(v, lane_numbers() ^ distance);
+#endif
+}
 EFFKERN_INLINE float largest_lane(Words most) {
   for (uint32_t half = kLanes<float> / 2; half > 0; half /= 2) {
-    const Words other = __builtin_shuffle(most, lane_numbers() ^ half);
+    const Words other = exchanged(most, half);
     most = other > most ? other : most;
   }
   return bit_cast<float>(static_cast<uint32_t>(most[0]));
