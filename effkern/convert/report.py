@@ -100,7 +100,8 @@ class ConversionReport:
         lines = [
             f"{len(self.swapped)} layer norms became RMSNorm, {len(self.left)} stayed; "
             f"{len(self.edits)} parameters centred; "
-            f"recentred at run time in {len(self.recentred)} places"
+            f"recentred at run time in {len(self.recentred)} "
+            + ("place" if len(self.recentred) == 1 else "places")
         ]
         lines += [f"  swapped    {s.module or 'the model'} ({s.how})" for s in self.swapped]
         lines += [
