@@ -107,7 +107,7 @@ def place(tensor: Tensor) -> tuple[Any, ...]:
     """Where a tensor's entries lie: equal for tied tensors."""
     try:
         storage = tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError):  # no storage: sparse tensors, some subclasses
         storage = id(tensor)
     return storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
