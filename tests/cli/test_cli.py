@@ -125,6 +125,8 @@ def test_a_gpu_too_many_is_refused(monkeypatch):
     assert options.open_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(RuntimeError, match="--device cuda:2: this machine has 2 GPUs"):
         options.open_device("cuda:2")
+    # Without an index it is the current one.
+    assert options.open_device("cuda") == torch.device("cuda")
     assert chosen == [torch.device("cuda:1")]
 
 

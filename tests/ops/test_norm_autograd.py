@@ -308,7 +308,9 @@ def test_autocast_as_torch(norm: Norm) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @every_norm
 def test_autocast_on_cuda_as_torch(norm: Norm, dtype: torch.dtype) -> None:
-    """In float32, but for float64; asked of tensors without memory, no GPU is needed."""
+    """Asked of tensors without memory, no GPU is needed. LayerNorm is computed in float32, but for
+    float64; RMSNorm in what this version of PyTorch computes its own in.
+    """
     twin = RMS if norm is CRMS else norm
     before = torch.is_autocast_enabled("cuda")
     with FakeTensorMode():
@@ -320,5 +322,6 @@ def test_autocast_on_cuda_as_torch(norm: Norm, dtype: torch.dtype) -> None:
             stock = twin.eager(x, 1, parameters, 1e-5)
         finally:
             torch.set_autocast_enabled("cuda", before)
-    assert y.dtype == stock.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert total.dtype == y.dtype
+    assert y.dtype == total.dtype == stock.dtype
+    if norm is LAYER:
+        assert y.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
