@@ -350,7 +350,7 @@ class FusedOptimizer(Optimizer):
 
     def _prepare_traced(
         self, which: tuple[tuple[int, ...], ...]
-    ) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+    ) -> tuple[tuple[bool, ...], tuple[bool, ...], tuple[tuple[int, ...], ...]]:
         return prepare_traced(self, which)
 
     # Dynamo calls these while it traces, beside the graph. `torch.compiler.assume_constant_result`
