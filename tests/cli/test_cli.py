@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from effkern import cli
-from effkern.bench import adam, rms_norm
+from effkern.bench import adam, norms
 from effkern.bench.demo import train
 from effkern.bench.demo.model import ModelShape
 from effkern.bench.results import Result
@@ -27,6 +27,7 @@ COMMANDS = (
     ["bench"],
     ["bench", "adam"],
     ["bench", "optimizers"],
+    ["bench", "norms"],
     ["bench", "rms_norm"],
     ["convert"],
 )
@@ -219,10 +220,15 @@ def test_doctor_tells_a_choice_that_cannot_serve(monkeypatch):
         (["adam"], adam, adam.AdamSettings()),
         (
             ["rms_norm", "--rows", "7", "--hidden-size", "8", "--hidden-size", "9", "--no-compile"],
-            rms_norm,
-            rms_norm.RmsNormSettings(rows=7, hidden_sizes=(8, 9), compile=False),
+            norms,
+            norms.NormsSettings(norms=("rms_norm",), rows=7, hidden_sizes=(8, 9), compile=False),
         ),
-        (["rms_norm"], rms_norm, rms_norm.RmsNormSettings()),
+        (["norms"], norms, norms.NormsSettings()),
+        (
+            ["crms_norm", "--no-fresh", "--no-overhead"],
+            norms,
+            norms.NormsSettings(norms=("crms_norm",), fresh=False, overhead=False),
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
