@@ -11,8 +11,6 @@
 // S is the accumulation type, V is S or a vector of it.
 #pragma once
 
-#include <cstdint>
-
 #include "common/macros.h"
 #include "math/scalar.h"
 
@@ -27,8 +25,8 @@ struct SoftmaxDivisor {
 
 // Of the sum of squares of `count` deviations from their mean.
 template <class S>
-EFFKERN_INLINE SoftmaxDivisor<S> softmax_divisor(S squares, int64_t count, S tau, S eps) {
-  const S sigma = square_root(larger(squares, S(0)) / static_cast<S>(count));
+EFFKERN_INLINE SoftmaxDivisor<S> softmax_divisor(S squares, S count, S tau, S eps) {
+  const S sigma = square_root(squares / count);
   if (count >= 2 && sigma < eps) return {eps, false, false};
   if (count < 2 || sigma >= tau) return {tau > eps ? tau : eps, false, tau > eps};
   return {sigma, true, false};

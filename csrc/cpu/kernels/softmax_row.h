@@ -84,7 +84,7 @@ class SoftmaxRow {
     find_mean();
     if (count_ == 0) return;
     find_squares();
-    divisor_ = softmax_divisor(squares_, count_, tau, eps);
+    divisor_ = softmax_divisor(squares_, static_cast<S>(count_), tau, eps);
     inverse_ = S(1) / divisor_.value;
     if constexpr (Mask::kAdds) find_top();
   }

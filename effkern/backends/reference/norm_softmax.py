@@ -137,9 +137,7 @@ def centred(x: Tensor, visible: Tensor | None, dim: int) -> Centred:
     return Centred(values, _mean(values.square(), count, dim), count)
 
 
-def branches(
-    variance: Tensor, count: Tensor | int, tau: Tau, eps: float
-) -> tuple[Tensor, Tensor]:
+def branches(variance: Tensor, count: Tensor | int, tau: Tau, eps: float) -> tuple[Tensor, Tensor]:
     """Whether the divisor of each row is its deviation, and whether it is tau."""
     sigma = variance.detach().sqrt()
     few = torch.as_tensor(count, device=variance.device) < 2
