@@ -46,6 +46,7 @@ void norm_backward(const NormBackward& args, void* partial, ParallelFor parallel
 
 void norm_softmax_forward(const NormSoftmaxForward& args, ParallelFor parallel_for);
 void norm_softmax_backward(const NormSoftmaxBackward& args, ParallelFor parallel_for);
+void norm_softmax_cross_entropy(const NormSoftmaxCrossEntropyTask& task, ParallelFor parallel_for);
 
 // One step of a rule over all tensors of a table; their step counters have been increased.
 #define EFFKERN_DECLARE(Rule, name) \

@@ -282,15 +282,13 @@ __device__ __forceinline__ RowFound<Acc<T>> find_long(const SoftmaxArguments<T, 
 }
 
 // The largest of some logits, and sums over their exponentials less it.
-template <class S, int kSums>
+template <class S, class Sums>
 struct LongSums {
   S top = -std::numeric_limits<S>::infinity();
-  S sums[kSums] = {};
+  Sums sums = {};
 
   __device__ __forceinline__ void raise_to(S new_top) {
-    const S factor = new_top == top ? S(1) : exponential(top - new_top);
-#pragma unroll
-    for (int n = 0; n < kSums; ++n) sums[n] *= factor;
+    sums.scale(new_top == top ? S(1) : exponential(top - new_top));
     top = new_top;
   }
 };
@@ -302,8 +300,8 @@ __device__ __forceinline__ Acc<T> logit_of(const RowFound<Acc<T>>& row, const Pa
 }
 
 // Adds the visible elements of a pack: add(sums, v, exponential).
-template <class T, int V, int kSums, class Add>
-__device__ __forceinline__ void add_pack(LongSums<Acc<T>, kSums>& all, const RowFound<Acc<T>>& row,
+template <class T, int V, class Sums, class Add>
+__device__ __forceinline__ void add_pack(LongSums<Acc<T>, Sums>& all, const RowFound<Acc<T>>& row,
                                          const Pack<T, V>& x, const PackMask<Acc<T>, V>& mask,
                                          const Add& add) {
   Acc<T> z[V], top = all.top;
@@ -319,14 +317,13 @@ __device__ __forceinline__ void add_pack(LongSums<Acc<T>, kSums>& all, const Row
   }
 }
 
-// The same in all threads of the block; `scratch` has kSums + 1 numbers for each warp.
-template <class S, int kSums>
-__device__ __forceinline__ void combine_over_block(LongSums<S, kSums>& mine, S* scratch) {
+// Raises the sums of all threads of a block to one top; `scratch` has a number for each warp.
+template <class S, class Sums>
+__device__ __forceinline__ void raise_together(LongSums<S, Sums>& mine, S* scratch) {
   S top[1] = {mine.top};
-  combine_over_group(top, kLongThreads, scratch, LongSums<S, kSums>().top,
+  combine_over_group(top, kLongThreads, scratch, LongSums<S, Sums>().top,
                      [](S a, S b) { return larger(a, b); });
   mine.raise_to(top[0]);
-  sum_over_group(mine.sums, kLongThreads, scratch + kLongThreads / kWarp);
 }
 
 // ---- the host's side ----
@@ -349,14 +346,14 @@ SoftmaxArguments<T, V> softmax_arguments(const NormSoftmaxTask& task) {
                             : task.mask_kind == MaskKind::kAccumulated ? sizeof(S)
                                                                        : sizeof(T);
   const bool mask_in_packs = in_packs<V>(task.mask, task.mask_rows, task.features, mask_size);
-  return {{static_cast<const T*>(task.x), task.x_rows},
-          {task.mask, task.mask_kind, mask_in_packs, static_cast<S>(task.mask_hidden),
-           task.mask_rows},
-          static_cast<const S*>(task.tau),
-          static_cast<S>(task.tau_value),
-          static_cast<S>(task.eps),
-          task.rows,
-          task.features};
+  return {
+      {static_cast<const T*>(task.x), task.x_rows},
+      {task.mask, task.mask_kind, mask_in_packs, static_cast<S>(task.mask_hidden), task.mask_rows},
+      static_cast<const S*>(task.tau),
+      static_cast<S>(task.tau_value),
+      static_cast<S>(task.eps),
+      task.rows,
+      task.features};
 }
 
 // Neighbouring rows of strided elements share cache lines: a block then takes more of them.
