@@ -1,9 +1,11 @@
 // The kernels of one instruction set, and the choice among the sets this library was built with.
 #pragma once
 
+#include "common/cross_entropy.h"
 #include "common/dtype.h"
 #include "common/multi_tensor.h"
 #include "common/norm.h"
+#include "common/norm_softmax.h"
 #include "math/rules.h"
 
 namespace effkern::cpu {
@@ -40,9 +42,16 @@ struct NormKernels {
   void (*sum_shares)(const NormBackward&, int64_t chunks, const void* partial, int64_t begin,
                      int64_t end);
 };
+struct NormSoftmaxKernels {
+  void (*forward)(const NormSoftmaxForward&, int64_t begin, int64_t end);
+  void (*backward)(const NormSoftmaxBackward&, int64_t begin, int64_t end);
+};
 struct Kernels {
   const char* isa;
   NormKernels norms[kNorms];  // by Norm
+  NormSoftmaxKernels norm_softmax;
+  void (*norm_softmax_cross_entropy)(const NormSoftmaxCrossEntropyTask&, int64_t begin,
+                                     int64_t end);
   // One step of a rule. Elements are counted through all tensors, in the table's order.
 #define EFFKERN_MEMBER_OF(Rule, name) \
   void (*name)(const StepTask&, const Rule&, int64_t begin, int64_t end);

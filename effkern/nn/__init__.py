@@ -2,5 +2,13 @@
 
 from effkern.nn import functional
 from effkern.nn.norm import CRMSNorm, LayerNorm, RMSNorm
+from effkern.nn.norm_softmax import NormSoftmax, NormSoftmaxCrossEntropyLoss
 
-__all__ = ["CRMSNorm", "LayerNorm", "RMSNorm", "functional"]
+__all__ = [
+    "CRMSNorm",
+    "LayerNorm",
+    "NormSoftmax",
+    "NormSoftmaxCrossEntropyLoss",
+    "RMSNorm",
+    "functional",
+]

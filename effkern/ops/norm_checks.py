@@ -54,7 +54,7 @@ def check(
             raise TypeError(
                 f"{name}: {argument} must be a tensor or None, got {type(value).__name__}"
             )
-        _check_kind(name, argument, value)
+        check_kind(name, argument, value)
         if value.shape != shapes[argument]:
             raise RuntimeError(
                 f"{name}: {argument} must have shape {shapes[argument]}, got {tuple(value.shape)}"
@@ -69,12 +69,13 @@ def check(
 
 def check_x(name: str, x: Any) -> None:
     """Raise unless x is a tensor that the norms take."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}")
-    _check_kind(name, "x", x)
+    check_kind(name, "x", x)
 
 
-def _check_kind(name: str, argument: str, value: Tensor) -> None:
+def check_kind(name: str, argument: str, value: Any) -> None:
+    """Raise unless an argument is a dense tensor of a dtype that the kernels take."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: {argument} must be a tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise RuntimeError(
             f"{name}: {argument} must be float32, float64, bfloat16 or float16, got {value.dtype}"

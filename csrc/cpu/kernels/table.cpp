@@ -8,6 +8,8 @@ Kernels kernels() {
   all.norms[static_cast<int>(Norm::kRms)] = rms_norm();
   all.norms[static_cast<int>(Norm::kCrms)] = crms_norm();
   all.norms[static_cast<int>(Norm::kLayer)] = layer_norm();
+  all.norm_softmax = norm_softmax();
+  all.norm_softmax_cross_entropy = norm_softmax_cross_entropy;
 #define EFFKERN_SET(Rule, name) all.name = name;
   EFFKERN_ONE_PASS_RULES(EFFKERN_SET)
 #undef EFFKERN_SET
