@@ -18,7 +18,7 @@ from effkern.bench.norm_work import MODES, NormWork
 from effkern.bench.peers import EPS, Norm, Peers, norm_peers
 from effkern.bench.progress import Report, counter, silent
 from effkern.bench.results import COPY_LIMIT, OURS, Case, Result, make_rows
-from effkern.bench.timers import alternate, clock_for
+from effkern.bench.timers import alternate, clock_for, keep_busy
 from effkern.nn import functional
 
 WARM_UP = 3
@@ -138,7 +138,12 @@ def run(settings: NormsSettings, report: Report = silent) -> Result:
         left_out,
         notes=[
             "warm allocator: a call finds the memory that earlier calls freed; fresh: it finds none"
-            + (" (not measured here)" if len(allocators) == 1 else "")
+            + (" (not measured here)" if len(allocators) == 1 else ""),
+            *(
+                ["calls are queued ahead of the GPU: the times are its own"]
+                if device.type == "cuda"
+                else []
+            ),
         ],
     )
 
@@ -157,9 +162,11 @@ def _working(peers: Peers, work: NormWork) -> dict[str, Norm]:
 
 def _allocators(device: torch.device, fresh: bool) -> dict[str, Callable[[], object] | None]:
     """What to do between two calls to meet each allocator; fresh only where that can be done."""
-    if not fresh or not release_free_memory(device):
-        return {"warm": None}
-    return {"warm": None, "fresh": lambda: release_free_memory(device)}
+    warm = {"warm": lambda: keep_busy(device)}
+    # What allocates on a GPU waits for it: its time would be the host's.
+    if not fresh or device.type == "cuda" or not release_free_memory(device):
+        return warm
+    return {**warm, "fresh": lambda: release_free_memory(device)}
 
 
 def _measure(

@@ -58,12 +58,14 @@ def squares_of(parts: Sequence[Part]) -> Tensor:
         together.setdefault((part.device, part.sharding), []).append(part)
     sums = []
     for (device, sharding), some in together.items():
-        of_parts = torch.zeros(len(some), dtype=torch.float64, device=device)
+        of_parts = torch.empty(len(some), dtype=torch.float64, device=device)
         for place, part in enumerate(some):
             part.put_squares(of_parts, place)
         # How many parts there are depends on where tensors lie; not so how many sums.
         sums.append(of_parts if sharding is None else of_parts.sum(0, keepdim=True))
     sums = total_over_shards(sums, [sharding for _, sharding in together])
+    if len(sums) == 1:
+        return sums[0]
     return torch.cat([one.to(sums[0].device, non_blocking=True) for one in sums])
 
 

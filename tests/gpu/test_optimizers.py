@@ -21,8 +21,8 @@ SHAPES: tuple[tuple[int, ...], ...] = ((40, 30), (), (3000,), (0, 2))
 TWO_LAUNCHES = (effkern.FusedLAMB,)
 
 
-def some_params() -> list[Tensor]:
-    return [torch.randn(s, device="cuda") for s in SHAPES]
+def some_params(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(s, dtype=dtype, device="cuda") for s in SHAPES]
 
 
 class InPlace:
@@ -31,7 +31,8 @@ class InPlace:
     def __init__(self, kind: type[Optimizer], **options: Any) -> None:
         only_mine = {"capturable": options.pop("capturable", False)}
         clips = options.pop("max_grad_norm", None)
-        self.twins = Twins(some_params(), kind, **options)
+        # In float64, so that no value of thousands is off by more than rounding explains.
+        self.twins = Twins(some_params(torch.float64), kind, **options)
         for group in self.twins.optimizer.param_groups:
             group.update(only_mine)
         self.max_grad_norm = clips
