@@ -13,7 +13,11 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from effkern.convert import arithmetic_rules, layout_rules  # noqa: F401 (they fill the table)
+from effkern.convert import (  # noqa: F401 (they fill the table)
+    arithmetic_rules,
+    indexing_rules,
+    layout_rules,
+)
 from effkern.convert.axes import Axis
 from effkern.convert.calls import name_of
 from effkern.convert.demands import Demands, Key
