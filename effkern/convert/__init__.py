@@ -5,8 +5,9 @@ print(result.report)
 """
 
 from effkern.convert.checkpoint import load
+from effkern.convert.conversion import Conversion
 from effkern.convert.report import ConversionReport, NotConvertible
-from effkern.convert.rmsnorm import Conversion, to_rmsnorm
+from effkern.convert.rmsnorm import to_rmsnorm
 from effkern.convert.training import inference_form, training_form
 
 __all__ = [

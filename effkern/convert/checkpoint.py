@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from effkern.convert import structure
+from effkern.convert.conversion import Conversion
 from effkern.convert.report import NotConvertible
-from effkern.convert.rmsnorm import Conversion
 
 __all__ = ["KEY", "example_inputs", "load", "load_model", "save"]
 

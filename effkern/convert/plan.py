@@ -21,6 +21,7 @@ from effkern.convert import (  # noqa: F401 (they fill the table)
 from effkern.convert.axes import Axis
 from effkern.convert.calls import name_of
 from effkern.convert.demands import Demands, Key
+from effkern.convert.dropped import transfer_dropped
 from effkern.convert.norms import NormModule, find_norms
 from effkern.convert.report import NotConvertible
 from effkern.convert.rules import transfer
@@ -54,19 +55,25 @@ class Conflict:
     sources: int
 
 
-def find_plan(trace: Trace, outputs: Sequence[str]) -> Plan:
+def find_plan(trace: Trace, outputs: Sequence[str], *, drop: bool = False) -> Plan:
     """Edits that turn layer norms into RMSNorms and leave the named outputs as they are.
+
+    Args:
+        trace: of the model.
+        outputs: those that must stay equal.
+        drop: whether every centred value is to lose its last feature as well (Pre-CRMSNorm).
 
     Raises:
         NotConvertible: if there is none, or a norm of a residual stream would stay.
     """
-    return _Search(trace, outputs).run()
+    return _Search(trace, outputs, drop).run()
 
 
 class _Search:
-    def __init__(self, trace: Trace, outputs: Sequence[str]) -> None:
+    def __init__(self, trace: Trace, outputs: Sequence[str], drop: bool) -> None:
         self.trace = trace
         self.outputs = outputs
+        self.drop = drop
         self.demands = Demands(trace)
         self.groups = find_norms(trace)
         self.banned: dict[Node | Site, Conflict] = {}
@@ -241,6 +248,7 @@ class _Search:
         self.numbered: list[Node | Site] = [*plan.edits, *plan.ones, *plan.sites]
         bits = {source: 1 << i for i, source in enumerate(self.numbered)}
         tied = {trace.parameters[n]: n for n in (*plan.edits, *plan.ones)}
+        norms = {norm.node: norm for group in plan.converted for norm in group.norms}
         states: dict[Node, State] = {}
         for node in trace.graph.nodes:
             if node.op == "placeholder":
@@ -250,7 +258,10 @@ class _Search:
                     source = tied[min(names)] if names else None
                 states[node] = self._edited(plan, source, bits)
             elif node.op == "call_function":
-                state = transfer(node, states)
+                if self.drop:
+                    state = transfer_dropped(node, states, norms.get(node))
+                else:
+                    state = transfer(node, states)
                 if is_mark(node):
                     state = self._recentred(plan, node, state, bits)
                 states[node] = state
@@ -276,7 +287,10 @@ class _Search:
         axis = self._axis_at(node, key)
         before = 0 if state is None else state.sources
         plain = state is None or (
-            isinstance(state, Shift) and state.axis == axis and state.scale is None
+            isinstance(state, Shift)
+            and state.axis == axis
+            and state.scale is None
+            and not self.drop  # without its last feature a row's mean is not zero
         )
         if not plain or node.meta["val"].shape[axis.dim] != key.features:
             return Lost(node, before | bits[site])
