@@ -282,15 +282,17 @@ class _Search:
     ) -> State:
         site = self.trace.sites[node.args[1]]  # type: ignore[index]
         key = plan.sites.get(site)
-        if key is None or isinstance(state, Lost):
+        if key is None:
             return state
         axis = self._axis_at(node, key)
+        if self.drop and state is not None:
+            # without its last feature a row's mean is not zero: this is no place to recentre at
+            return Lost(node, bits[site])
+        if isinstance(state, Lost):
+            return state
         before = 0 if state is None else state.sources
         plain = state is None or (
-            isinstance(state, Shift)
-            and state.axis == axis
-            and state.scale is None
-            and not self.drop  # without its last feature a row's mean is not zero
+            isinstance(state, Shift) and state.axis == axis and state.scale is None
         )
         if not plain or node.meta["val"].shape[axis.dim] != key.features:
             return Lost(node, before | bits[site])
