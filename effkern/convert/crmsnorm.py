@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from effkern.convert import folding, structure, training
+from effkern.convert import checkpoint, folding, structure, training
 from effkern.convert.conversion import Changes, Conversion, make, prove, report_of, start
 from effkern.convert.folding import Fold
 from effkern.convert.plan import Plan, find_plan
@@ -72,7 +72,9 @@ def to_crmsnorm(
         how = _how(folds.get(group.path), group.alone)
         report.swapped.append(Swapped(group.path, group.features, group.eps, how))
     report.folded = _folded(traced, folds)
-    return Conversion(model, report, changes.steps)
+    conversion = Conversion(model, report, changes.steps)
+    checkpoint.let_save_with_mark(conversion)
+    return conversion
 
 
 def _find_plan(traced: Trace, names: list[str]) -> Plan:

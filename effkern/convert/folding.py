@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from effkern.convert.axes import Axis
 from effkern.convert.calls import arguments, name_of, shape_of
+from effkern.convert.layout_rules import permutation
 from effkern.convert.norms import Norm, NormModule
 from effkern.convert.plan import Plan
 from effkern.convert.rules import reads_shape_only, transfer
@@ -34,7 +35,7 @@ class Reader(NamedTuple):
     node: Node
     weight: Node  # a matrix, a parameter
     dim: int  # the dimension of the matrix that is summed over
-    bias: Node | None  # a parameter, of one entry for each output
+    bias: Node | None  # a parameter of one entry for each output; None where it has no such bias
 
 
 @dataclass
@@ -164,35 +165,26 @@ def _reader(trace: Trace, node: Node, carried: dict[Node, Any]) -> Reader | None
     found = _matrix(trace, weight, dim)
     if found is None:
         return None
-    if bias is not None and (
-        bias not in trace.parameters or shape_of(bias) != (shape_of(weight)[1 - dim],)
-    ):
-        return None
-    return Reader(node, *found, bias)
+    own = bias in trace.parameters and shape_of(bias) == (shape_of(weight)[1 - dim],)
+    return Reader(node, *found, bias if own else None)
 
 
 _KEEPS_MATRIX = (
     "effkern_trace::mark", "aten::clone", "aten::contiguous", "aten::detach", "aten::alias",
     "aten::to", "aten::_to_copy",
 )  # fmt: skip
-_TRANSPOSES = ("aten::t", "aten::transpose", "aten::numpy_T", "aten::mT")
+_TRANSPOSES = ("aten::t", "aten::transpose", "aten::permute", "aten::numpy_T", "aten::mT")
 
 
 def _matrix(trace: Trace, node: Any, dim: int) -> tuple[Node, int] | None:
     """The parameter that a matrix is, or is the transposed of, with its dimension for ``dim``."""
     while isinstance(node, Node) and node.op == "call_function" and len(shape_of(node)) == 2:
         if name_of(node) in _TRANSPOSES:
-            dim = dim if _stays(node) else 1 - dim
+            dim = permutation(node)[dim]
         elif name_of(node) not in _KEEPS_MATRIX:
             return None
         node = node.args[0]
     return (node, dim) if node in trace.parameters and len(shape_of(node)) == 2 else None
-
-
-def _stays(node: Node) -> bool:
-    """Whether a transposition exchanges a dimension with itself."""
-    bound = arguments(node)
-    return "dim0" in bound and bound["dim0"] % 2 == bound["dim1"] % 2
 
 
 def _own(trace: Trace, plan: Plan, fold: Fold, of_reader: dict[Node, str]) -> bool:
