@@ -46,6 +46,7 @@ def load(folder: str | os.PathLike[str]) -> nn.Module:
         raise NotConvertible("", f"{os.fspath(folder)} was not written by `effkern convert`")
     model = load_model(folder)
     structure.apply(model, mark["steps"])
+    let_save_with_mark(model, mark["kind"], mark["steps"])
     return model
 
 
@@ -91,13 +92,10 @@ class SaveWithMark:
         return result
 
 
-def let_save_with_mark(conversion: Conversion) -> None:
+def let_save_with_mark(model: nn.Module, kind: str, steps: list[structure.Step]) -> None:
     """Let a converted model's own ``save_pretrained``, if it has one, write what `load` reads."""
-    model = conversion.model
     if callable(getattr(type(model), "save_pretrained", None)):
-        vars(model)["save_pretrained"] = SaveWithMark(
-            model, conversion.report.kind, conversion.steps
-        )
+        vars(model)["save_pretrained"] = SaveWithMark(model, kind, steps)
 
 
 def load_model(folder: str | os.PathLike[str]) -> nn.Module:

@@ -72,9 +72,8 @@ def to_crmsnorm(
         how = _how(folds.get(group.path), group.alone)
         report.swapped.append(Swapped(group.path, group.features, group.eps, how))
     report.folded = _folded(traced, folds)
-    conversion = Conversion(model, report, changes.steps)
-    checkpoint.let_save_with_mark(conversion)
-    return conversion
+    checkpoint.let_save_with_mark(model, report.kind, changes.steps)
+    return Conversion(model, report, changes.steps)
 
 
 def _find_plan(traced: Trace, names: list[str]) -> Plan:
