@@ -13,11 +13,8 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from effkern.convert import (  # noqa: F401 (they fill the table)
-    arithmetic_rules,
-    indexing_rules,
-    layout_rules,
-)
+# the modules of rules fill the table that `transfer` reads
+from effkern.convert import arithmetic_rules, indexing_rules, layout_rules  # noqa: F401
 from effkern.convert.axes import Axis
 from effkern.convert.calls import name_of
 from effkern.convert.demands import Demands, Key
@@ -258,10 +255,10 @@ class _Search:
                     source = tied[min(names)] if names else None
                 states[node] = self._edited(plan, source, bits)
             elif node.op == "call_function":
-                if self.drop:
-                    state = transfer_dropped(node, states, norms.get(node))
-                else:
-                    state = transfer(node, states)
+                norm = norms.get(node)
+                state = (
+                    transfer_dropped(node, states, norm) if self.drop else transfer(node, states)
+                )
                 if is_mark(node):
                     state = self._recentred(plan, node, state, bits)
                 states[node] = state
