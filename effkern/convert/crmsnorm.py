@@ -41,21 +41,16 @@ def to_crmsnorm(
     all features alike.
 
     Args:
-        model: any module that `torch.export` can trace. Its class, methods, state_dict keys and
-            parameter objects stay; weights and biases of the norms that were folded are one and
-            zero, and need no gradient any more.
-        example_inputs: a tuple of positional or a dict of keyword arguments. What they do not
-            reach (other flags, training mode) is not proved.
-        outputs: names of the outputs that must stay equal, such as "pooler_output", or "0" for the
-            first of a tuple; everything below a name counts. By default all.
+        model: as of `to_rmsnorm`; class, methods, state_dict keys and parameter objects stay.
+            Weights and biases of folded norms are one and zero, and need no gradient any more.
+        example_inputs: as of `to_rmsnorm`.
+        outputs: as of `to_rmsnorm`.
 
     Returns:
         The same model with a report.
 
     Raises:
-        NotConvertible: with the module's path and the reason; the model is left untouched, bit for
-            bit.
-        TypeError, ValueError: if an argument is not what it must be.
+        NotConvertible, TypeError, ValueError: as `to_rmsnorm`, and the model is left untouched too.
     """
     traced, names = start("to_crmsnorm", model, example_inputs, outputs)
     plan = _find_plan(traced, names)
