@@ -1,7 +1,8 @@
 """A CRMSNorm stream of d - 1 features: stored d - 1 wide, or d wide with a zero at the end?
 
 python benchmarks/crmsnorm_width.py   prints a table of docs/convert.md; results/crmsnorm_width.json
-Times are medians of alternating runs in one process, on two threads.
+Ratios are medians over several allocations of the operands, with the least and the largest, of
+medians of alternating runs in one process, on two threads: where operands lie in memory matters.
 """
 
 import json
@@ -23,7 +24,7 @@ SHAPES = {
     "GPT-2 small, 128 tokens": (128, 768),
     "GPT-2 small, 1024 tokens": (1024, 768),
 }
-SECONDS = 5.0
+ALLOCATIONS, SECONDS = 5, 1.0
 
 
 def work(rows: int, d: int, width: int) -> dict[str, Callable[[], Tensor]]:
@@ -67,20 +68,26 @@ def medians(functions: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
 def main() -> None:
     torch.set_num_threads(2)
     rows = []
+    names = ("norm", "reader", "writer", "half a block")
     for shape, (count, d) in SHAPES.items():
-        both = {
-            f"{name} {width}": function
-            for width in (d - 1, d)
-            for name, function in work(count, d, width).items()
-        }
-        found = medians(both)
-        row = {"shape": shape, "d": d}
-        for name in ("norm", "reader", "writer", "half a block"):
-            row[name] = found[f"{name} {d - 1}"] / found[f"{name} {d}"]
-            row[f"{name}, seconds"] = found[f"{name} {d}"]
-        rows.append(row)
-        ratios = " | ".join(f"{row[n]:.2f}" for n in ("norm", "reader", "writer", "half a block"))
-        print(f"| {shape} | {d - 1} / {d} | {ratios} |", flush=True)
+        ratios: dict[str, list[float]] = {name: [] for name in names}
+        kept = []
+        for _ in range(ALLOCATIONS):
+            both = {
+                f"{name} {width}": function
+                for width in (d - 1, d)
+                for name, function in work(count, d, width).items()
+            }
+            kept.append(both)  # so that the next operands lie elsewhere
+            found = medians(both)
+            for name in names:
+                ratios[name].append(found[f"{name} {d - 1}"] / found[f"{name} {d}"])
+        rows.append({"shape": shape, "d": d, "ratios": ratios})
+        cells = [
+            f"{statistics.median(ratios[n]):.2f} ({min(ratios[n]):.2f}-{max(ratios[n]):.2f})"
+            for n in names
+        ]
+        print(f"| {shape} | {d - 1} / {d} | {' | '.join(cells)} |", flush=True)
     (RESULTS / "crmsnorm_width.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
