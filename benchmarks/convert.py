@@ -1,10 +1,11 @@
 """Which architectures convert, what stays of their layer norms, and how far outputs then differ.
 
-python benchmarks/convert.py [NAME ...]   prints the table of docs/convert.md; results/convert.json
+python benchmarks/convert.py [--to crmsnorm] [NAME ...]   prints a table of docs/convert.md
+and, of all architectures, writes results/convert.json or results/convert_crmsnorm.json
 """
 
+import argparse
 import json
-import sys
 from typing import Any
 
 import torch
@@ -17,29 +18,37 @@ from effkern.convert.flatten import named_tensors
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--to", choices=("rmsnorm", "crmsnorm"), default="rmsnorm")
+    parser.add_argument("names", nargs="*", help="parts of names; by default all")
+    chosen = parser.parse_args()
     rows = []
     wanted = {name: (name, None) for name in ARCHITECTURES} | OUTPUTS
     for label, (name, outputs) in wanted.items():
-        if len(sys.argv) == 1 or any(part in label for part in sys.argv[1:]):
-            rows.append({"architecture": label} | tried(name, outputs))
+        if not chosen.names or any(part in label for part in chosen.names):
+            rows.append({"architecture": label} | tried(name, outputs, chosen.to))
             print(as_row(rows[-1]), flush=True)
-    if len(sys.argv) == 1:
-        (RESULTS / "convert.json").write_text(json.dumps(rows, indent=1) + "\n")
+    if not chosen.names:
+        file = "convert.json" if chosen.to == "rmsnorm" else "convert_crmsnorm.json"
+        (RESULTS / file).write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def tried(name: str, outputs: list[str] | None) -> dict[str, Any]:
+def tried(name: str, outputs: list[str] | None, kind: str) -> dict[str, Any]:
     try:
         model, inputs = ARCHITECTURES[name]()
     except ImportError as error:
         return {"result": f"not tried: {error}"}
     randomise(model)
     before = run(model, inputs)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    convert = getattr(effkern.convert, f"to_{kind}")
     try:
-        report = effkern.convert.to_rmsnorm(model, inputs, outputs=outputs).report
+        report = convert(model, inputs, outputs=outputs).report
     except NotConvertible as error:
-        return {"result": f"refused: {error}"}
+        same = all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+        return {"result": f"refused: {error}" if same else "refused, but not left as it was"}
     after = run(model, inputs)
-    return {
+    row = {
         "result": "converted",
         "swapped": len(report.swapped),
         "left": len(report.left),
@@ -47,6 +56,9 @@ def tried(name: str, outputs: list[str] | None) -> dict[str, Any]:
         "float64": max(check.difference for check in report.checks),
         "float32": max(relative(before[name], after[name]) for name in report.outputs),
     }
+    if kind == "crmsnorm":
+        row["folded"] = sum("folded" in swapped.how for swapped in report.swapped)
+    return row
 
 
 def randomise(model: torch.nn.Module) -> None:
@@ -78,9 +90,10 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def as_row(row: dict[str, Any]) -> str:
     if row["result"] != "converted":
         return f"| {row['architecture']} | {row['result']} | | | | |"
+    folded = f", {row['folded']} folded" if "folded" in row else ""
     return (
-        f"| {row['architecture']} | converted | {row['swapped']} of {row['swapped'] + row['left']} "
-        f"| {row['recentred']} | {row['float64']:.0e} | {row['float32']:.0e} |"
+        f"| {row['architecture']} | converted | {row['swapped']} of {row['swapped'] + row['left']}"
+        f"{folded} | {row['recentred']} | {row['float64']:.0e} | {row['float32']:.0e} |"
     )
 
 

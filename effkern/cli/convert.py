@@ -49,21 +49,19 @@ def convert(
     seed: Seed = 0,
     json: Json = None,
 ) -> None:
-    """Convert a Pre-LN checkpoint to its equal Pre-RMSNorm twin, with a proof.
+    """Convert a Pre-LN checkpoint to its equal Pre-RMSNorm or Pre-CRMSNorm twin, with a proof.
 
     Reads and writes folders of transformers; asks no network.
     Fails, and writes nothing, when equality cannot be proved.
     effkern.convert.load(OUT) loads the result.
     """
     from effkern.cli.console import console, progress
-    from effkern.convert import checkpoint, to_rmsnorm
+    from effkern.convert import checkpoint, to_crmsnorm, to_rmsnorm
 
     if out.resolve() == source.resolve():
         raise typer.BadParameter("OUT must not be IN")
     if out.exists() and any(out.iterdir()):
         raise typer.BadParameter(f"{out} is not empty")
-    if to is Kind.crmsnorm:
-        raise RuntimeError("--to crmsnorm is not there yet; --to rmsnorm is")
     where = open_device(device)
     with progress() as report:
         report("load", 0, 3)
@@ -71,7 +69,9 @@ def convert(
         example = _read(inputs) if inputs else checkpoint.example_inputs(model, seed)
         example = {name: value.to(where) for name, value in example.items()}
         report("convert", 1, 3)
-        conversion = to_rmsnorm(model, example, outputs=outputs or None)
+        conversion = (to_crmsnorm if to is Kind.crmsnorm else to_rmsnorm)(
+            model, example, outputs=outputs or None
+        )
         report("save", 2, 3)
         checkpoint.save(conversion, out)
         report("done", 3, 3)

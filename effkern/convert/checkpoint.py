@@ -1,7 +1,8 @@
 """Checkpoint folders of the transformers package, converted and loaded. Never asks a network.
 
-A converted folder is an ordinary one: its config says under ``effkern`` which modules change, and a
-reader that does not know that key gets layer norms on centred weights, which give the same outputs.
+A converted folder is an ordinary one: its config says under ``effkern`` which modules change. A
+reader that does not know that key gets layer norms on the converted weights: after `to_rmsnorm`
+those give the same outputs, after `to_crmsnorm` they do not.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ import torch
 from torch import nn
 
 from effkern.convert import structure
+from effkern.convert.conversion import Conversion
 from effkern.convert.report import NotConvertible
-from effkern.convert.rmsnorm import Conversion
 
-__all__ = ["KEY", "example_inputs", "load", "load_model", "save"]
+__all__ = ["KEY", "example_inputs", "let_save_with_mark", "load", "load_model", "save"]
 
 #: Where a config says what was done.
 KEY = "effkern"
 
 
 def load(folder: str | os.PathLike[str]) -> nn.Module:
-    """Load what `effkern convert` wrote.
+    """Load what `effkern convert` wrote, or ``save_pretrained`` after `to_crmsnorm`.
 
     Args:
         folder: with config.json and safetensors.
@@ -45,6 +46,7 @@ def load(folder: str | os.PathLike[str]) -> nn.Module:
         raise NotConvertible("", f"{os.fspath(folder)} was not written by `effkern convert`")
     model = load_model(folder)
     structure.apply(model, mark["steps"])
+    let_save_with_mark(model, mark["kind"], mark["steps"])
     return model
 
 
@@ -56,12 +58,44 @@ def save(conversion: Conversion, folder: str | os.PathLike[str]) -> None:
         folder: is made where it is missing.
     """
     model: Any = conversion.model
-    mark = {"kind": conversion.report.kind, "steps": conversion.steps}
     model.save_pretrained(folder)
+    _write_mark(folder, conversion.report.kind, conversion.steps)
+
+
+def _write_mark(folder: str | os.PathLike[str], kind: str, steps: list[structure.Step]) -> None:
     file = Path(folder) / "config.json"
     config = json.loads(file.read_text())
-    config[KEY] = mark
+    config[KEY] = {"kind": kind, "steps": steps}
     file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+class SaveWithMark:
+    """A model's ``save_pretrained`` that also says in the config what was done to the model.
+
+    Args:
+        model: whose it is.
+        kind: of the conversion.
+        steps: the changes to modules.
+    """
+
+    def __init__(self, model: nn.Module, kind: str, steps: list[structure.Step]) -> None:
+        self.model, self.kind, self.steps = model, kind, steps
+
+    def __call__(
+        self, save_directory: str | os.PathLike[str], *arguments: Any, **options: Any
+    ) -> Any:
+        """Save as the model's class does, then write the mark."""
+        save: Any = type(self.model).save_pretrained
+        result = save(self.model, save_directory, *arguments, **options)
+        if (Path(save_directory) / "config.json").exists():
+            _write_mark(save_directory, self.kind, self.steps)
+        return result
+
+
+def let_save_with_mark(model: nn.Module, kind: str, steps: list[structure.Step]) -> None:
+    """Let a converted model's own ``save_pretrained``, if it has one, write what `load` reads."""
+    if callable(getattr(type(model), "save_pretrained", None)):
+        vars(model)["save_pretrained"] = SaveWithMark(model, kind, steps)
 
 
 def load_model(folder: str | os.PathLike[str]) -> nn.Module:

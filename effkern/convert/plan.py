@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from effkern.convert import arithmetic_rules, layout_rules  # noqa: F401 (they fill the table)
+# the modules of rules fill the table that `transfer` reads
+from effkern.convert import arithmetic_rules, indexing_rules, layout_rules  # noqa: F401
 from effkern.convert.axes import Axis
 from effkern.convert.calls import name_of
 from effkern.convert.demands import Demands, Key
+from effkern.convert.dropped import transfer_dropped
 from effkern.convert.norms import NormModule, find_norms
 from effkern.convert.report import NotConvertible
 from effkern.convert.rules import transfer
@@ -50,19 +52,25 @@ class Conflict:
     sources: int
 
 
-def find_plan(trace: Trace, outputs: Sequence[str]) -> Plan:
+def find_plan(trace: Trace, outputs: Sequence[str], *, drop: bool = False) -> Plan:
     """Edits that turn layer norms into RMSNorms and leave the named outputs as they are.
+
+    Args:
+        trace: of the model.
+        outputs: those that must stay equal.
+        drop: whether every centred value is to lose its last feature as well (Pre-CRMSNorm).
 
     Raises:
         NotConvertible: if there is none, or a norm of a residual stream would stay.
     """
-    return _Search(trace, outputs).run()
+    return _Search(trace, outputs, drop).run()
 
 
 class _Search:
-    def __init__(self, trace: Trace, outputs: Sequence[str]) -> None:
+    def __init__(self, trace: Trace, outputs: Sequence[str], drop: bool) -> None:
         self.trace = trace
         self.outputs = outputs
+        self.drop = drop
         self.demands = Demands(trace)
         self.groups = find_norms(trace)
         self.banned: dict[Node | Site, Conflict] = {}
@@ -237,6 +245,7 @@ class _Search:
         self.numbered: list[Node | Site] = [*plan.edits, *plan.ones, *plan.sites]
         bits = {source: 1 << i for i, source in enumerate(self.numbered)}
         tied = {trace.parameters[n]: n for n in (*plan.edits, *plan.ones)}
+        norms = {norm.node: norm for group in plan.converted for norm in group.norms}
         states: dict[Node, State] = {}
         for node in trace.graph.nodes:
             if node.op == "placeholder":
@@ -246,7 +255,10 @@ class _Search:
                     source = tied[min(names)] if names else None
                 states[node] = self._edited(plan, source, bits)
             elif node.op == "call_function":
-                state = transfer(node, states)
+                norm = norms.get(node)
+                state = (
+                    transfer_dropped(node, states, norm) if self.drop else transfer(node, states)
+                )
                 if is_mark(node):
                     state = self._recentred(plan, node, state, bits)
                 states[node] = state
@@ -267,9 +279,14 @@ class _Search:
     ) -> State:
         site = self.trace.sites[node.args[1]]  # type: ignore[index]
         key = plan.sites.get(site)
-        if key is None or isinstance(state, Lost):
+        if key is None:
             return state
         axis = self._axis_at(node, key)
+        if self.drop and state is not None:
+            # without its last feature a row's mean is not zero: this is no place to recentre at
+            return Lost(node, bits[site])
+        if isinstance(state, Lost):
+            return state
         before = 0 if state is None else state.sources
         plain = state is None or (
             isinstance(state, Shift) and state.axis == axis and state.scale is None

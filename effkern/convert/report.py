@@ -7,7 +7,16 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Check", "ConversionReport", "Edit", "Left", "NotConvertible", "Recentred", "Swapped"]
+__all__ = [
+    "Check",
+    "ConversionReport",
+    "Edit",
+    "Folded",
+    "Left",
+    "NotConvertible",
+    "Recentred",
+    "Swapped",
+]
 
 
 class NotConvertible(RuntimeError):
@@ -28,12 +37,23 @@ class NotConvertible(RuntimeError):
 
 @dataclass(frozen=True)
 class Edit:
-    """A parameter whose mean along ``dim``, over ``features`` entries, was subtracted."""
+    """A parameter whose mean along ``dim``, over ``features`` entries, was subtracted; for CRMSNorm
+    the last of them is zero now.
+    """  # fmt: skip
 
     parameter: str
     dim: int
     features: int
     scaled_by: str | None = None  # a LayerScale that was multiplied in first, and is now one
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A parameter that took in a norm's affine."""
+
+    parameter: str
+    dim: int | None  # of a matrix, the dimension whose last entries were subtracted; None: a bias
+    norm: str
 
 
 @dataclass(frozen=True)
@@ -48,7 +68,7 @@ class Recentred:
 
 @dataclass(frozen=True)
 class Swapped:
-    """A layer norm that is now an RMSNorm."""
+    """A layer norm that is now an RMSNorm or a CRMSNorm."""
 
     module: str
     features: int
@@ -81,6 +101,7 @@ class ConversionReport:
     kind: str
     features: list[int] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
+    folded: list[Folded] = field(default_factory=list)
     recentred: list[Recentred] = field(default_factory=list)
     swapped: list[Swapped] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
@@ -97,9 +118,11 @@ class ConversionReport:
         return json.dumps(self.as_dict(), indent=indent)
 
     def __str__(self) -> str:
+        name = {"rmsnorm": "RMSNorm", "crmsnorm": "CRMSNorm"}[self.kind]
+        folded = f"{len(self.folded)} with affines folded in; " if self.folded else ""
         lines = [
-            f"{len(self.swapped)} layer norms became RMSNorm, {len(self.left)} stayed; "
-            f"{len(self.edits)} parameters centred; "
+            f"{len(self.swapped)} layer norms became {name}, {len(self.left)} stayed; "
+            f"{len(self.edits)} parameters centred; {folded}"
             f"recentred at run time in {len(self.recentred)} "
             + ("place" if len(self.recentred) == 1 else "places")
         ]
@@ -108,6 +131,11 @@ class ConversionReport:
             f"  centred    {e.parameter}, dimension {e.dim}"
             + (f", after {e.scaled_by} was multiplied in" if e.scaled_by else "")
             for e in self.edits
+        ]
+        lines += [
+            f"  folded     {f.norm} into {f.parameter}"
+            + ("" if f.dim is None else f", dimension {f.dim}")
+            for f in self.folded
         ]
         lines += [
             f"  recentred  {r.value} of {r.module or 'the model'}, for {r.norms} norms"

@@ -14,7 +14,7 @@ from torch.fx import Node
 from effkern.convert.calls import is_zero, name_of, tensors_of
 from effkern.convert.states import Lost, Shift, State, sources
 
-__all__ = ["Given", "combine", "lost", "rule", "shift_of", "transfer"]
+__all__ = ["Given", "combine", "lost", "reads_shape_only", "rule", "shift_of", "transfer"]
 
 
 class Given:
@@ -33,13 +33,17 @@ Rule = Callable[[Node, Given], Any]
 
 _RULES: dict[str, Rule] = {}
 
-#: Operations that read a tensor's shape, dtype or device and none of its entries.
 _SHAPE_ONLY = {
     "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like", "aten::rand_like",
     "aten::randn_like", "aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty",
     "aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::_assert_tensor_metadata",
     "aten::size", "aten::_shape_as_tensor",
 }  # fmt: skip
+
+
+def reads_shape_only(node: Node) -> bool:
+    """Whether an operation reads its operand's shape, dtype or device and none of its entries."""
+    return name_of(node) in _SHAPE_ONLY
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -102,7 +106,7 @@ def transfer(node: Node, states: dict[Node, State]) -> Any:
     if name == "getitem":
         (state,) = given.states.values()
         return state[node.args[1]] if isinstance(state, list) else state
-    if name in _SHAPE_ONLY:
+    if reads_shape_only(node):
         return None
     gone = [state for state in given.states.values() if isinstance(state, Lost)]
     if gone:

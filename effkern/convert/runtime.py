@@ -9,9 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from effkern.nn import CRMSNorm
+from effkern.nn.functional import crms_norm
 from effkern.ops.norm import affine_norm
 
-__all__ = ["BiasedRMSNorm", "RecentreInput", "RecentreOutput", "RunWithRmsNorm", "recentre"]
+__all__ = [
+    "BiasedRMSNorm",
+    "ExpandedRMSNorm",
+    "FoldedCRMSNorm",
+    "RecentreInput",
+    "RecentreOutput",
+    "RunWithRmsNorm",
+    "recentre",
+]
 
 
 class BiasedRMSNorm(torch.nn.RMSNorm):
@@ -32,17 +42,61 @@ class BiasedRMSNorm(torch.nn.RMSNorm):
         return affine_norm("rms_norm", x, self.normalized_shape, self.weight, self.bias, self.eps)  # type: ignore[return-value]
 
 
-def recentre(x: Tensor, dim: int) -> Tensor:
-    """X minus its mean along a dimension."""
-    return x - x.mean(dim, keepdim=True)
+class ExpandedRMSNorm(BiasedRMSNorm):
+    """A layer norm that reads rows of d - 1 features: it gives all d, with its affine."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """`BiasedRMSNorm`'s of the row that x stands for, whose last feature may be anything."""
+        return super().forward(expanded(x))
 
 
-def _at(value: Any, path: tuple[str | int, ...], dim: int) -> Any:
+class FoldedCRMSNorm(CRMSNorm):
+    """A layer norm that reads rows of d - 1 features and gives as many, its affine folded into what
+    reads them. Rows are stored with a zero in place of the last feature.
+
+    Keeps the layer norm's ``weight`` and ``bias`` under their names; they are one and zero, are not
+    read, and have no gradient.
+    """  # fmt: skip
+
+    bias: Tensor | None
+    one: bool  # whether the result has a one in place of the last feature
+
+    def forward(self, x: Tensor, residual: None = None) -> Tensor:  # type: ignore[override]
+        """``x / sqrt((sum(x^2) + sum(x)^2) / (d + 1) + eps d / (d + 1))``: the CRMSNorm of the d
+        stored features, which stand for d + 1. That of d - 1 is this times `left_to_readers`.
+        """
+        y = crms_norm(x, None, self.eps * self.d / (self.d + 1))  # type: ignore[operator]
+        if self.one:
+            y.select(-1, -1).fill_(1)
+        return y
+
+    @staticmethod
+    def left_to_readers(d: int) -> float:
+        """By what the result is to be multiplied."""
+        return (d / (d + 1)) ** 0.5
+
+
+def expanded(x: Tensor) -> Tensor:
+    """The d features of sum zero that x stands for, which has them all but the last."""
+    kept = x[..., :-1]
+    return torch.cat((kept, -kept.sum(-1, keepdim=True)), -1)
+
+
+def recentre(x: Tensor, dim: int, drop: bool = False) -> Tensor:
+    """X minus its mean along a dimension, whose last feature then becomes zero if it is to drop."""
+    centred = x - x.mean(dim, keepdim=True)
+    if not drop:
+        return centred
+    kept = centred.narrow(dim, 0, x.shape[dim] - 1)
+    return torch.cat((kept, torch.zeros_like(x.narrow(dim, 0, 1))), dim)
+
+
+def _at(value: Any, path: tuple[str | int, ...], dim: int, drop: bool) -> Any:
     """A value with the tensor at a path inside it recentred."""
     if not path:
-        return recentre(value, dim) if isinstance(value, Tensor) else value
+        return recentre(value, dim, drop) if isinstance(value, Tensor) else value
     parts = list(value)
-    parts[path[0]] = _at(parts[path[0]], path[1:], dim)  # type: ignore[call-overload, index]
+    parts[path[0]] = _at(parts[path[0]], path[1:], dim, drop)  # type: ignore[call-overload, index]
     return type(value)(parts)
 
 
@@ -54,22 +108,29 @@ class RecentreInput:
         position: where it stands when it is passed by position; None where it cannot be.
         path: inside the argument, to the tensor.
         dim: the feature dimension, negative.
+        drop: whether the last feature goes.
     """
 
     def __init__(
-        self, name: str, position: int | None, path: tuple[str | int, ...], dim: int
+        self,
+        name: str,
+        position: int | None,
+        path: tuple[str | int, ...],
+        dim: int,
+        drop: bool = False,
     ) -> None:
-        self.name, self.position, self.path, self.dim = name, position, path, dim
+        self.name, self.position = name, position
+        self.path, self.dim, self.drop = path, dim, drop
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with which the module runs."""
         if self.name in kwargs:
-            kwargs = {**kwargs, self.name: _at(kwargs[self.name], self.path, self.dim)}
+            kwargs = {**kwargs, self.name: _at(kwargs[self.name], self.path, self.dim, self.drop)}
         elif self.position is not None and self.position < len(args):
             changed = list(args)
-            changed[self.position] = _at(changed[self.position], self.path, self.dim)
+            changed[self.position] = _at(changed[self.position], self.path, self.dim, self.drop)
             args = tuple(changed)
         return args, kwargs
 
@@ -80,14 +141,15 @@ class RecentreOutput:
     Args:
         path: inside the result, to the tensor.
         dim: the feature dimension, negative.
+        drop: whether the last feature goes.
     """
 
-    def __init__(self, path: tuple[str | int, ...], dim: int) -> None:
-        self.path, self.dim = path, dim
+    def __init__(self, path: tuple[str | int, ...], dim: int, drop: bool = False) -> None:
+        self.path, self.dim, self.drop = path, dim, drop
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """What the module's caller gets."""
-        return _at(output, self.path, self.dim)
+        return _at(output, self.path, self.dim, self.drop)
 
 
 class RunWithRmsNorm:
@@ -101,10 +163,18 @@ class RunWithRmsNorm:
         features: only layer norms over a last dimension of so many entries are meant.
         parameters: names of the weights and biases of those layer norms, below the module; one
             whose weight is another parameter stays a layer norm.
+        expand: whether what they read has lost its last feature.
     """
 
-    def __init__(self, module: nn.Module, features: tuple[int, ...], parameters: list[str]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        features: tuple[int, ...],
+        parameters: list[str],
+        expand: bool = False,
+    ) -> None:
         self.module, self.features, self.parameters = module, features, parameters
+        self.expand = expand
         self.inner = vars(module).get("forward")  # a forward of the instance's own
         self.layer_norm_in_training = False  # see `training_form`
 
@@ -127,7 +197,7 @@ class RunWithRmsNorm:
         if self.module.training and self.layer_norm_in_training:
             return self._forward(*args, **kwargs)
         known = [_parameter(self.module, name) for name in self.parameters]
-        with _RmsNormMode(self.features, known):
+        with _RmsNormMode(self.features, known, self.expand):
             return self._forward(*args, **kwargs)
 
 
@@ -140,9 +210,9 @@ _LAYER_NORMS = (torch.nn.functional.layer_norm, torch.layer_norm)
 
 
 class _RmsNormMode(TorchFunctionMode):
-    def __init__(self, features: tuple[int, ...], known: list[Tensor]) -> None:
+    def __init__(self, features: tuple[int, ...], known: list[Tensor], expand: bool) -> None:
         super().__init__()
-        self.features, self.known = features, known
+        self.features, self.known, self.expand = features, known, expand
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -151,7 +221,8 @@ class _RmsNormMode(TorchFunctionMode):
         if func in _LAYER_NORMS:
             x, shape, weight, bias, eps = _layer_norm_arguments(*args, **kwargs)
             if tuple(shape) in [(d,) for d in self.features] and self._is_meant(weight, bias):
-                return affine_norm("rms_norm", x, tuple(shape), weight, bias, eps)
+                rows = expanded(x) if self.expand else x
+                return affine_norm("rms_norm", rows, tuple(shape), weight, bias, eps)
         return func(*args, **kwargs)
 
     def _is_meant(self, *affine: Tensor | None) -> bool:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from effkern.convert.calls import shape_of
+from effkern.convert.folding import Fold
 from effkern.convert.norms import NormModule
 from effkern.convert.plan import Plan
-from effkern.convert.runtime import BiasedRMSNorm, RecentreInput, RecentreOutput, RunWithRmsNorm
+from effkern.convert.runtime import (
+    BiasedRMSNorm,
+    ExpandedRMSNorm,
+    FoldedCRMSNorm,
+    RecentreInput,
+    RecentreOutput,
+    RunWithRmsNorm,
+)
 from effkern.convert.trace import Trace, positional_names
 
 __all__ = ["apply", "steps_of"]
@@ -19,19 +27,29 @@ __all__ = ["apply", "steps_of"]
 Step = dict[str, Any]
 
 
-def steps_of(trace: Trace, plan: Plan, model: nn.Module) -> list[Step]:
-    """The changes that a plan makes to modules."""
+def steps_of(
+    trace: Trace, plan: Plan, model: nn.Module, folds: Mapping[str, Fold] | None = None
+) -> list[Step]:
+    """The changes that a plan makes to modules.
+
+    Args:
+        trace: of the model.
+        plan: what is converted and where it is recentred.
+        model: the model.
+        folds: for Pre-CRMSNorm, which norms' affines go into their readers; None for Pre-RMSNorm.
+    """
     steps: list[Step] = []
+    drop = {} if folds is None else {"drop": True}
     for group in plan.converted:
         if group.alone:
-            steps.append(
-                {
-                    "kind": "swap",
-                    "module": group.path,
-                    "features": group.features,
-                    "eps": group.eps,
-                }
-            )
+            swap = {
+                "kind": "swap",
+                "module": group.path,
+                "features": group.features,
+                "eps": group.eps,
+            }
+            fold = (folds or {}).get(group.path)
+            steps.append(swap | ({"folded": True, "one": fold.one} if fold else drop))
         else:
             steps.append(
                 {
@@ -40,6 +58,7 @@ def steps_of(trace: Trace, plan: Plan, model: nn.Module) -> list[Step]:
                     "features": sorted({norm.features for norm in group.norms}),
                     "parameters": _affine_names(trace, group, model),
                 }
+                | drop
             )
     for site, key in plan.sites.items():
         dim = key.axis.dim - len(shape_of(key.node))
@@ -51,6 +70,7 @@ def steps_of(trace: Trace, plan: Plan, model: nn.Module) -> list[Step]:
                 "path": list(site.path),
                 "dim": dim,
             }
+            | drop
         )
     swapped = {group.path.rpartition(".")[0] for group in plan.converted}
     for path, module in model.named_modules():
@@ -88,15 +108,23 @@ def apply(model: nn.Module, steps: list[Step]) -> Callable[[], None]:
 
 
 def _swap(module: nn.Module, step: Step) -> Callable[[], None]:
-    """The module becomes a `BiasedRMSNorm` where it stands: parameters, hooks and identity stay."""
+    """The module becomes an RMSNorm where it stands: parameters, hooks and identity stay."""
     kind, before = type(module), dict(vars(module))
-    shape = (step["features"],)
-    module.__class__ = BiasedRMSNorm
-    vars(module).update(normalized_shape=shape, eps=step["eps"])
+    vars(module).update(eps=step["eps"])
     for name in ("weight", "bias"):
         if not hasattr(module, name):
             module.register_parameter(name, None)
     vars(module)["elementwise_affine"] = module.weight is not None
+    if step.get("folded"):
+        module.__class__ = FoldedCRMSNorm
+        vars(module).update(d=step["features"], one=step["one"])
+        needed = [(p, p.requires_grad) for p in module.parameters(recurse=False)]
+    else:
+        module.__class__ = ExpandedRMSNorm if step.get("drop") else BiasedRMSNorm
+        vars(module).update(normalized_shape=(step["features"],))
+        needed = []
+    for parameter, _ in needed:
+        parameter.requires_grad_(False)
     added = set(module._parameters) - set(before["_parameters"])
     own = {name: module._parameters[name] for name in module._parameters if name not in added}
 
@@ -106,13 +134,17 @@ def _swap(module: nn.Module, step: Step) -> Callable[[], None]:
         vars(module).update(before)
         module._parameters.clear()
         module._parameters.update(own)
+        for parameter, wanted in needed:
+            parameter.requires_grad_(wanted)
 
     return undo
 
 
 def _run_with_rms_norm(module: nn.Module, step: Step) -> Callable[[], None]:
     before = vars(module).get("forward")
-    module.forward = RunWithRmsNorm(module, tuple(step["features"]), step["parameters"])  # type: ignore[method-assign, assignment]
+    module.forward = RunWithRmsNorm(  # type: ignore[method-assign, assignment]
+        module, tuple(step["features"]), step["parameters"], step.get("drop", False)
+    )
 
     def undo() -> None:
         if before is None:
@@ -124,12 +156,12 @@ def _run_with_rms_norm(module: nn.Module, step: Step) -> Callable[[], None]:
 
 
 def _recentre(module: nn.Module, step: Step) -> Callable[[], None]:
-    path, dim = tuple(step["path"]), step["dim"]
+    path, dim, drop = tuple(step["path"]), step["dim"], step.get("drop", False)
     if step["where"] == "output":
-        return module.register_forward_hook(RecentreOutput(path, dim), prepend=True).remove
+        return module.register_forward_hook(RecentreOutput(path, dim, drop), prepend=True).remove
     names = positional_names(module)
     position = names.index(path[0]) if path[0] in names else None
-    hook = RecentreInput(str(path[0]), position, path[1:], dim)
+    hook = RecentreInput(str(path[0]), position, path[1:], dim, drop)
     return module.register_forward_pre_hook(hook, with_kwargs=True).remove
 
 

@@ -14,7 +14,16 @@ from effkern.convert.demands import Key
 from effkern.convert.plan import Plan
 from effkern.convert.trace import Trace, place
 
-__all__ = ["centred", "edited_weights", "in_float64", "mean_along", "scaled", "split"]
+__all__ = [
+    "as_before",
+    "centred",
+    "centred_weights",
+    "edited_weights",
+    "in_float64",
+    "mean_along",
+    "scaled",
+    "split",
+]
 
 
 def split(value: Tensor, axis: Axis, features: int) -> Tensor:
@@ -53,19 +62,29 @@ def edited_weights(
         tensors: what to compute them from; by default the model's own.
     """
     old = trace.tensors if tensors is None else tensors
+    return as_before(centred_weights(trace, plan, old), old)
+
+
+def centred_weights(trace: Trace, plan: Plan, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The new values of all parameters that a plan centres or sets to one, in float64."""
 
     def edited(key: Key) -> Tensor:
-        value = old[trace.parameters[key.node]].detach()
+        value = old[trace.parameters[key.node]].detach().double()
         scale = None
         if key.scale is not None:
             scale = old[trace.parameters[key.scale]].detach().double()
-        product = scaled(value.double(), key.axis, key.features, scale)
-        return centred(product, key.axis, key.features).to(value.dtype)
+        return centred(scaled(value, key.axis, key.features, scale), key.axis, key.features)
 
     new = {trace.parameters[node]: edited(key) for node, key in plan.edits.items()}
     for node in plan.ones:
-        new[trace.parameters[node]] = torch.ones_like(old[trace.parameters[node]])
+        name = trace.parameters[node]
+        new[name] = torch.ones_like(old[name], dtype=torch.float64)
     return new
+
+
+def as_before(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """New values in the dtypes of those that they replace."""
+    return {name: value.to(old[name].dtype) for name, value in new.items()}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,11 +50,16 @@ def assert_same(
             assert torch.equal(a, b), name
 
 
-def converted(model: nn.Module, inputs: Any, **options: Any) -> Conversion:
+def converted(
+    model: nn.Module,
+    inputs: Any,
+    convert: Callable[..., Conversion] = to_rmsnorm,
+    **options: Any,
+) -> Conversion:
     """Convert a copy; check it against the model in the model's dtype, and its names."""
     twin = copy.deepcopy(model)
     objects = dict(twin.named_parameters())
-    result = to_rmsnorm(twin, inputs, **options)
+    result = convert(twin, inputs, **options)
     assert result.model is twin
     assert type(twin) is type(model)
     assert list(twin.state_dict()) == list(model.state_dict())

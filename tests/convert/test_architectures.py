@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import effkern
 from benchmarks.architectures import ARCHITECTURES, IDS, OUTPUTS
-from effkern.convert import NotConvertible, to_rmsnorm
+from effkern.convert import NotConvertible, to_crmsnorm, to_rmsnorm
 from tests.convert import nets
 
 #: Those that the default suite tries; the rest is slow.
@@ -42,6 +43,10 @@ DEFAULT_REFUSED = (
     "transformers CLIP vision", "nn.TransformerEncoder without a last norm",
 )  # fmt: skip
 
+#: The same for to_crmsnorm, whose proof is a part of the same search.
+DEFAULT_CRMSNORM = ("transformers GPT2", "transformers Whisper", "transformers GPTJ")
+DEFAULT_REFUSED_CRMSNORM = ("transformers Swin", "transformers CLIP vision")
+
 CONVERTED = [*(name for name in ARCHITECTURES if name not in REFUSED), *OUTPUTS]
 
 
@@ -58,37 +63,55 @@ def slow_unless(default: bool) -> list[pytest.MarkDecorator]:
     return [] if default else [pytest.mark.slow]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=slow_unless(n in DEFAULT)) for n in CONVERTED]
-)
-def test_converts(name: str) -> None:
+def cases(
+    names: Iterable[str], default: Collection[str], default_crmsnorm: Collection[str]
+) -> list[Any]:
+    """Each architecture with each conversion."""
+    pairs = ((to_rmsnorm, default), (to_crmsnorm, default_crmsnorm))
+    return [
+        pytest.param(
+            convert, name, marks=slow_unless(name in fast), id=f"{name}-{convert.__name__}"
+        )
+        for convert, fast in pairs
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize(("convert", "name"), cases(CONVERTED, DEFAULT, DEFAULT_CRMSNORM))
+def test_converts(convert: Callable[..., Any], name: str) -> None:
     name, outputs = OUTPUTS.get(name, (name, None))
     model, inputs = built(name)
-    result = nets.converted(model, inputs, outputs=outputs)
+    result = nets.converted(model, inputs, convert, outputs=outputs)
     again = nets.layer_norms(result.model, inputs)
     assert again == len(result.report.left)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=slow_unless(n in DEFAULT_REFUSED)) for n in REFUSED]
+    ("convert", "name"), cases(REFUSED, DEFAULT_REFUSED, DEFAULT_REFUSED_CRMSNORM)
 )
-def test_refused(name: str) -> None:
+def test_refused(convert: Callable[..., Any], name: str) -> None:
     model, inputs = built(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(NotConvertible, match=REFUSED[name]):
-        to_rmsnorm(model, inputs)
+        convert(model, inputs)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_generate_gives_the_same_tokens() -> None:
+@pytest.mark.parametrize("convert", [to_rmsnorm, to_crmsnorm])
+def test_generate_gives_the_same_tokens(convert: Callable[..., Any]) -> None:
     """Greedy, float32, with the key-value cache; and the cache from one model serves the other."""
     model, _ = built("transformers GPT2")
-    twin = to_rmsnorm(copy.deepcopy(model), {"input_ids": IDS}).model
+    twin = convert(copy.deepcopy(model), {"input_ids": IDS}).model
     settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(IDS, **settings)
     assert torch.equal(twin.generate(IDS, **settings), expected)
     assert torch.equal(twin.generate(IDS, use_cache=False, **settings), expected)
     assert len(expected.unique()) > 8, "a model that repeats itself shows nothing"
+    with torch.no_grad():
+        cache = model(IDS, use_cache=True).past_key_values
+        wanted = model(IDS[:, :3], past_key_values=copy.deepcopy(cache)).logits
+        found = twin(IDS[:, :3], past_key_values=cache).logits
+    nets.assert_same({"logits": wanted}, {"logits": found}, ["logits"], 1e-5)
 
 
 def test_save_pretrained_gives_a_folder_that_transformers_itself_loads(tmp_path) -> None:

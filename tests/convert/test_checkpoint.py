@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import socket
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 import effkern
 from benchmarks.architectures import ARCHITECTURES, IDS
 from effkern import cli
-from effkern.convert import checkpoint
+from effkern.convert import checkpoint, to_crmsnorm
 from tests.convert import nets
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -34,12 +35,15 @@ def written(name: str, folder: Path) -> torch.nn.Module:
     return model
 
 
-def test_converts_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("kind", "name"), [("rmsnorm", "RMSNorm"), ("crmsnorm", "CRMSNorm")])
+def test_converts_a_folder(
+    kind: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = written("transformers GPT2", tmp_path / "in")
-    arguments = ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "rmsnorm"]
+    arguments = ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", kind]
     assert cli.main([*arguments, "--json", str(tmp_path / "report.json")]) == 0
     captured = capsys.readouterr()
-    assert "5 layer norms became RMSNorm, 0 stayed" in captured.out
+    assert f"5 layer norms became {name}, 0 stayed" in captured.out
     assert "convert" in captured.err or "load" in captured.err
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["swapped"]) == 5
@@ -51,6 +55,23 @@ def test_converts_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert nets.layer_norms(loaded, {"input_ids": IDS}) == 0
     expected = nets.call(model, {"input_ids": IDS})
     nets.assert_same(expected, nets.call(loaded, {"input_ids": IDS}), ["logits"], 1e-5)
+
+
+def test_save_pretrained_after_to_crmsnorm_can_be_loaded(tmp_path: Path) -> None:
+    """Its folder says what was done: layer norms on these weights would give something else."""
+    model = nets.randomised(ARCHITECTURES["transformers GPT2"]()[0])
+    expected = nets.call(model, {"input_ids": IDS})
+    config = model.config.to_dict()
+    twin = copy.deepcopy(to_crmsnorm(model, {"input_ids": IDS}).model)
+    twin.save_pretrained(tmp_path)
+    assert twin.config.to_dict() == config
+    loaded = effkern.convert.load(tmp_path)
+    nets.assert_same(expected, nets.call(loaded, {"input_ids": IDS}), ["logits"], 1e-5)
+    stock = type(model).from_pretrained(tmp_path).eval()
+    assert (stock(IDS).logits - expected["logits"]).abs().max() > 1e-2
+    loaded.save_pretrained(tmp_path / "again")
+    again = effkern.convert.load(tmp_path / "again")
+    nets.assert_same(expected, nets.call(again, {"input_ids": IDS}), ["logits"], 1e-5)
 
 
 def test_inputs_and_outputs_of_ones_own(tmp_path: Path) -> None:

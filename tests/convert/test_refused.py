@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from effkern.convert import NotConvertible, check, rmsnorm, to_rmsnorm, weights
+from effkern.convert import (
+    Conversion,
+    NotConvertible,
+    check,
+    structure,
+    to_crmsnorm,
+    to_rmsnorm,
+    weights,
+)
 from tests.convert import nets
 from tests.convert.nets import Block, Net, randomised
 
@@ -100,30 +108,36 @@ def everything(model: nn.Module) -> list[Any]:
     return found
 
 
+BOTH = pytest.mark.parametrize("convert", [to_rmsnorm, to_crmsnorm])
+
+
+@BOTH
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(name: str) -> None:
+def test_refused(name: str, convert: Callable[..., Conversion]) -> None:
     make, module, reason = REFUSED[name]
     model = randomised(make()).train()
     model.norm.eval()
     before = everything(model)
     with pytest.raises(NotConvertible) as caught:
-        to_rmsnorm(model, nets.tokens(length=6))
+        convert(model, nets.tokens(length=6))
     assert everything(model) == before
     assert caught.value.module == module
     assert reason in caught.value.reason
     assert str(caught.value) == f"{module or 'the model'}: {caught.value.reason}"
 
 
-def test_outputs_name_what_must_stay_equal() -> None:
+@BOTH
+def test_outputs_name_what_must_stay_equal(convert: Callable[..., Conversion]) -> None:
     model = randomised(Tapped())
-    result = nets.converted(model, nets.tokens(), outputs=["logits"])
+    result = nets.converted(model, nets.tokens(), convert, outputs=["logits"])
     assert result.report.outputs == ["logits"]
     assert any("stream" in text for text in result.report.not_covered)
 
 
+@BOTH
 @pytest.mark.parametrize("fault", ["weights", "norms", "check fails to run"])
 def test_a_wrong_conversion_is_found_and_taken_back(
-    fault: str, monkeypatch: pytest.MonkeyPatch
+    fault: str, convert: Callable[..., Conversion], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The numerical check is able to fail, and what it finds leaves nothing behind."""
     model = randomised(Net(nets.FunctionalBlock(), tied=True))
@@ -131,9 +145,9 @@ def test_a_wrong_conversion_is_found_and_taken_back(
     if fault == "weights":
         monkeypatch.setattr(weights, "centred", lambda value, axis, features: value)
     elif fault == "norms":
-        real = rmsnorm.structure.steps_of
+        real = structure.steps_of
         monkeypatch.setattr(
-            rmsnorm.structure, "steps_of",
+            structure, "steps_of",
             lambda *given: [{**s, "eps": 0.1} if "eps" in s else s for s in real(*given)],
         )  # fmt: skip
     else:
@@ -145,11 +159,14 @@ def test_a_wrong_conversion_is_found_and_taken_back(
 
         monkeypatch.setattr(check, "compare", compare)
     with pytest.raises(NotConvertible, match="differ"):
-        to_rmsnorm(model, nets.tokens())
+        convert(model, nets.tokens())
     assert everything(model) == before
 
 
-def test_a_model_that_does_not_run_in_float64_is_checked_in_its_own_dtype() -> None:
+@BOTH
+def test_a_model_that_does_not_run_in_float64_is_checked_in_its_own_dtype(
+    convert: Callable[..., Conversion],
+) -> None:
     class Stubborn(Net):
         def stream(self, tokens: Tensor) -> Tensor:
             x = self.embed(tokens)
@@ -158,6 +175,6 @@ def test_a_model_that_does_not_run_in_float64_is_checked_in_its_own_dtype() -> N
             return x
 
     model = randomised(Stubborn())
-    result = to_rmsnorm(model, nets.tokens())
+    result = convert(model, nets.tokens())
     assert {c.dtype for c in result.report.checks} == {"float32"}
     assert any("does not run in it" in text for text in result.report.not_covered)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from effkern.convert import plan, weights  # noqa: F401 (plan fills the table of rules)
 from effkern.convert.axes import Axis, candidates, through_view
 from effkern.convert.calls import name_of
+from effkern.convert.dropped import transfer_dropped
 from effkern.convert.rules import _RULES, transfer
 from effkern.convert.states import Lost, Shift, State
 
@@ -195,14 +196,15 @@ def traced() -> dict[str, Traced]:
     return found
 
 
-def walk(traced: Traced, given: list[State]) -> State:
+def walk(traced: Traced, given: list[State], drop: bool = False) -> State:
     """The state of an operation's result, for states of its operands."""
     states: dict[Node, Any] = {}
+    rule_of = transfer_dropped if drop else transfer
     for node in traced.nodes:
         if node.op == "placeholder":
             states[node] = given[traced.holders.index(node)] if node in traced.holders else None
         elif node.op == "call_function":
-            states[node] = transfer(node, states)
+            states[node] = rule_of(node, states)
         else:
             states[node] = None
     return states[traced.result]
@@ -247,6 +249,37 @@ def test_rule(name: str, traced: dict[str, Traced]) -> None:
             else:
                 assert isinstance(state, Lost)
     assert centred_once == can_be_centred
+
+
+def without_last(value: Tensor, axis: Axis) -> Tensor:
+    """Centred, with zero in place of the last feature."""
+    parts = weights.split(weights.centred(value, axis, D), axis, D).clone()
+    parts.select(axis.dim + 1, D - 1).zero_()
+    return parts.reshape(value.shape)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_rule_without_the_last_feature(name: str, traced: dict[str, Traced]) -> None:
+    """What is known of operands that were centred and lost their last feature, not only shifted."""
+    function, operands, _ = OPERATIONS[name]
+    original = function(*operands)
+    options = [[None, *candidates(tuple(x.shape), D)] for x in operands]
+    for axes in itertools.product(*options):
+        pairs = list(zip(operands, axes, strict=True))
+        given: list[State] = [
+            None if axis is None else Shift(axis, D, True, None, 1 << i)
+            for i, axis in enumerate(axes)
+        ]
+        state = walk(traced[name], given, drop=True)
+        if state is None:
+            assert not any(axes) or name == "zeros_like", "it has read nothing that was edited"
+        elif isinstance(state, Shift):
+            assert state.centred
+            result = function(*[x if a is None else without_last(x, a) for x, a in pairs])
+            tight = {"rtol": 0, "atol": 1e-6 if name == "to float" else 1e-12}
+            torch.testing.assert_close(result, without_last(original, state.axis), **tight)
+        else:
+            assert isinstance(state, Lost)
 
 
 def test_every_rule_is_tried(traced: dict[str, Traced]) -> None:
