@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from effkern.bench import call_overhead, machine
 from effkern.bench.limits import copy_limit, moved_bytes
-from effkern.bench.memory import release_free_memory
+from effkern.bench.memory import allocators
 from effkern.bench.norm_work import MODES, NormWork
 from effkern.bench.peers import EPS, Norm, Peers, norm_peers
 from effkern.bench.progress import Report, counter, silent
@@ -74,7 +74,7 @@ def run(settings: RmsNormSettings, report: Report = silent) -> Result:
         left_out,
         notes=[
             "warm allocator: a call finds the memory that earlier calls freed; fresh: it finds none"
-            + (" (not measured here)" if len(_allocators(device)) == 1 else "")
+            + (" (not measured here)" if len(allocators(device)) == 1 else "")
         ],
     )
 
@@ -98,13 +98,6 @@ def _working(peers: Peers, work: NormWork) -> dict[str, Norm]:
     return peers.found
 
 
-def _allocators(device: torch.device) -> dict[str, Callable[[], object] | None]:
-    """What to do between two calls to meet each allocator; fresh only where that can be done."""
-    if not release_free_memory(device):
-        return {"warm": None}
-    return {"warm": None, "fresh": lambda: release_free_memory(device)}
-
-
 def _measure(work: NormWork, norms: Mapping[str, Norm], rounds: int, report: Report) -> list[Case]:
     """Every mode with every allocator."""
     dtype = str(work.dtype).removeprefix("torch.")
@@ -118,7 +111,7 @@ def _measure(work: NormWork, norms: Mapping[str, Norm], rounds: int, report: Rep
         limit = copy_limit(passes, buffer_bytes=work.buffer_bytes, device=work.device)
         contestants = {name: work.contestant(mode, norm) for name, norm in norms.items()}
         contestants[COPY_LIMIT] = limit.contestant
-        for allocator, between in _allocators(work.device).items():
+        for allocator, between in allocators(work.device).items():
             name = f"{shape}, {mode}, {allocator} allocator"
             times = alternate(
                 contestants,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from effkern import cli
-from effkern.bench import adam, rms_norm
+from effkern.bench import adam, norm_softmax, rms_norm
 from effkern.bench.demo import train
 from effkern.bench.demo.model import ModelShape
 from effkern.bench.results import Result
@@ -28,6 +28,7 @@ COMMANDS = (
     ["bench", "adam"],
     ["bench", "optimizers"],
     ["bench", "rms_norm"],
+    ["bench", "norm_softmax"],
     ["convert"],
 )
 WORKING = [command for command in COMMANDS if command not in ([], ["bench"])]
@@ -221,6 +222,12 @@ def test_doctor_tells_a_choice_that_cannot_serve(monkeypatch):
             rms_norm.RmsNormSettings(rows=7, hidden_sizes=(8, 9), compile=False),
         ),
         (["rms_norm"], rms_norm, rms_norm.RmsNormSettings()),
+        (
+            ["norm_softmax", "--batch", "0", "--tokens", "5", "--classes", "9", "--no-compile"],
+            norm_softmax,
+            norm_softmax.NormSoftmaxSettings(shape=(), tokens=5, classes=9, compile=False),
+        ),
+        (["norm_softmax"], norm_softmax, norm_softmax.NormSoftmaxSettings()),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
