@@ -27,9 +27,11 @@ def release_free_memory(device: torch.device) -> bool:
     return True
 
 
-def allocators(device: torch.device) -> dict[str, Callable[[], object] | None]:
+def allocators(
+    device: torch.device, *, fresh: bool = True
+) -> dict[str, Callable[[], object] | None]:
     """What to do between two calls to meet each allocator; fresh only where that can be done."""
-    if not release_free_memory(device):
+    if not fresh or not release_free_memory(device):
         return {"warm": None}
     return {"warm": None, "fresh": lambda: release_free_memory(device)}
 

@@ -112,16 +112,18 @@ def test_what_a_launch_may_specialise_compiles(
     weight = torch.empty(shape[-1], dtype=torch.float16, device="meta")
 
     def calls() -> None:
-        rms_norm_forward(x, None, weight, 1, 1e-6)
-        rms_norm_forward(x, x, None, 1, 1e-6)
-        rms_norm_backward(x, None, x, None, rstd, 1, True, False)
-        rms_norm_backward(x, x, x, weight, rstd, 1, False, True)
+        rms_norm_forward(x, None, weight, None, 1, 1e-6)
+        rms_norm_forward(x, x, None, None, 1, 1e-6)
+        rms_norm_backward(x, None, x, None, rstd, 1, True, False, False)
+        rms_norm_backward(x, x, x, weight, rstd, 1, False, True, False)
+        rms_norm_backward(x, None, x, weight, rstd, 1, True, True, True, True, weight)
         kept = torch.stack((rstd, rstd))
         layer_norm_forward(x, x, weight, weight, 1, 1e-6)
         layer_norm_backward(x, x, x, weight, kept, 1, True, False, True)
         layer_norm_backward(x, None, x, None, kept, 1, True, False, False)
+        layer_norm_backward(x, None, x, None, kept, 1, True, False, False, True)
 
     launches = record(calls)
-    assert len(launches) >= 8
+    assert len(launches) >= 10
     for launch in launches:
         assert compile_for(launch, 90).asm["cubin"]

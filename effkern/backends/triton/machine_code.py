@@ -311,16 +311,14 @@ def _squares() -> None:
 
 def _norm_forward(norm: str, dtype: torch.dtype, features: int) -> None:
     x = torch.empty(_ROWS, features, dtype=dtype, device="meta")
-    parameters = [x[0]] * (2 if norm == "layer_norm" else 1)
-    getattr(norms, f"{norm}_forward")(x, x, *parameters, 1, 1e-6)
+    getattr(norms, f"{norm}_forward")(x, x, x[0], x[0], 1, 1e-6)
 
 
 def _norm_backward(norm: str, dtype: torch.dtype, features: int) -> None:
     x = torch.empty(_ROWS, features, dtype=dtype, device="meta")
     numbers = 1 if norm == "rms_norm" else 2
     kept = torch.empty(numbers * _ROWS, dtype=torch.float32, device="meta")
-    wants = [True] * (2 if norm == "layer_norm" else 1)
-    getattr(norms, f"{norm}_backward")(x, x, x, x[0], kept, 1, True, *wants)
+    getattr(norms, f"{norm}_backward")(x, x, x, x[0], kept, 1, True, True, True)
 
 
 def _norm_softmax(dtype: torch.dtype, features: int, has_mask: bool, backward: bool) -> None:
