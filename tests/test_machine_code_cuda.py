@@ -21,6 +21,9 @@ pytestmark = pytest.mark.skipif(
 #: Registers of a multiprocessor.
 REGISTERS = 65536
 
+#: Of NormSoftmax, where a block takes a row.
+LONG_ROWS = ("softmax_long", "softmax_backward_long", "cross_entropy_kernel")
+
 
 #: The update rules' variants, as the kernels' template arguments begin.
 VARIANTS = {"Adam": 2, "Sgd": 2, "Adagrad": 1, "RmsProp": 4, "Adadelta": 1, "Lion": 1}
@@ -51,7 +54,9 @@ def threads(row: Row) -> int:
         more = name == "lamb_advance" or rest[:2] in THREE_STATES
         narrow = rest[-1] not in ("float", "double")
         return 256 * (2 if rest[-1] == "double" else 4 - (narrow and more))
-    return 512 if name == "backward_held" else 1024
+    if name == "softmax_held":
+        return 512 if rest[-1] == "true" else 1024
+    return 512 if name in ("backward_held", "softmax_backward_held") else 1024
 
 
 def test_every_instance_is_there(rows: list[Row]) -> None:
@@ -65,6 +70,9 @@ def test_every_instance_is_there(rows: list[Row]) -> None:
     # Of each norm and dtype, aligned and not.
     of_norms = ("forward_held", "forward_twice", "backward_held", "project", "apply")
     expected |= dict.fromkeys(of_norms, 3 * 4 * 2) | {"sum_shares_kernel": 4}
+    # Of each dtype, aligned and not; of rows held there is one more with an additive mask.
+    expected |= dict.fromkeys(LONG_ROWS, 4 * 2)
+    expected |= {"softmax_held": 4 * 2 * 2, "softmax_backward_held": 4 * 2}
     assert counts == expected
     for kernel in ("step_kernel", "mixed_kernel"):
         found = {tuple(rest) for name, rest in map(arguments, rows) if name == kernel}
@@ -80,6 +88,7 @@ def test_the_aligned_path_moves_16_bytes_at_a_time(rows: list[Row]) -> None:
     for row in rows:
         name, rest = arguments(row)
         one_by_one = name.startswith(("forward", "backward", "project", "apply")) and rest[2] == "1"
+        one_by_one |= name.startswith(("softmax", "cross_entropy")) and rest[1] == "1"
         if name == "sum_shares_kernel" or one_by_one:
             continue
         assert row.vector_loads, row

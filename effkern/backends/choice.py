@@ -42,7 +42,14 @@ class BackendStatus:
 
 
 #: Every family has all four backends.
-_OPS = ("adam", "rms_norm", "crms_norm", "layer_norm")
+_OPS = (
+    "adam",
+    "rms_norm",
+    "crms_norm",
+    "layer_norm",
+    "norm_softmax",
+    "norm_softmax_cross_entropy",
+)
 
 
 def triton_interprets() -> bool:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 
 import torch
+
+from effkern.bench.timers import keep_busy
 
 
 def release_free_memory(device: torch.device) -> bool:
@@ -24,6 +27,20 @@ def release_free_memory(device: torch.device) -> bool:
         return False
     trim(0)
     return True
+
+
+def allocators(
+    device: torch.device, *, fresh: bool = True
+) -> dict[str, Callable[[], object] | None]:
+    """What to do between two calls to meet each allocator; fresh only where that can be done.
+
+    On a GPU an allocation waits for the device, and a fresh one would be timed with the host.
+    """
+    if device.type == "cuda":
+        return {"warm": lambda: keep_busy(device)}
+    if not fresh or not release_free_memory(device):
+        return {"warm": None}
+    return {"warm": None, "fresh": lambda: release_free_memory(device)}
 
 
 def peak_process_memory() -> int | None:

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from effkern.bench import call_overhead, machine
+from effkern.bench import call_overhead, machine, memory
 from effkern.bench.limits import copy_limit, moved_bytes
-from effkern.bench.memory import release_free_memory
 from effkern.bench.norm_work import MODES, NormWork
 from effkern.bench.peers import EPS, Norm, Peers, norm_peers
 from effkern.bench.progress import Report, counter, silent
 from effkern.bench.results import COPY_LIMIT, OURS, Case, Result, make_rows
-from effkern.bench.timers import alternate, clock_for, keep_busy
+from effkern.bench.timers import alternate, clock_for
 from effkern.nn import functional
 
 WARM_UP = 3
@@ -107,7 +106,7 @@ class NormsSettings:
 def run(settings: NormsSettings, report: Report = silent) -> Result:
     """Measure every norm at every hidden size, then what a call on a tiny input costs."""
     device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
-    allocators = _allocators(device, settings.fresh)
+    allocators = memory.allocators(device, fresh=settings.fresh)
     cases: list[Case] = []
     left_out: dict[str, str] = {}
     for hidden_size in settings.hidden_sizes:
@@ -158,15 +157,6 @@ def _working(peers: Peers, work: NormWork) -> dict[str, Norm]:
         except Exception as error:  # no compiler, a package that does not fit this machine
             peers.leave_out(name, error)
     return peers.found
-
-
-def _allocators(device: torch.device, fresh: bool) -> dict[str, Callable[[], object] | None]:
-    """What to do between two calls to meet each allocator; fresh only where that can be done."""
-    warm = {"warm": lambda: keep_busy(device)}
-    # What allocates on a GPU waits for it: its time would be the host's.
-    if not fresh or device.type == "cuda" or not release_free_memory(device):
-        return warm
-    return {**warm, "fresh": lambda: release_free_memory(device)}
 
 
 def _measure(

@@ -201,6 +201,44 @@ def norms(
     _measure(bench.run, settings, json, plot)
 
 
+@app.command("norm_softmax")
+def norm_softmax(
+    device: Device = "cpu",
+    seed: Seed = 0,
+    json: Json = None,
+    plot: Plot = None,
+    batch: Annotated[
+        int, typer.Option("--batch", help="Matrices of the softmax's input; 0: no softmax.", min=0)
+    ] = 96,
+    rows: Annotated[int, typer.Option("--rows", help="Of each matrix.", min=1)] = 512,
+    columns: Annotated[int, typer.Option("--columns", help="Of each matrix.", min=1)] = 512,
+    tokens: Annotated[
+        int, typer.Option("--tokens", help="Rows of the logits; 0: no cross-entropy.", min=0)
+    ] = 4096,
+    classes: Annotated[int, typer.Option("--classes", help="Of the logits.", min=1)] = 50257,
+    dtype: Dtype = DType.float32,
+    rounds: Rounds = 11,
+    threads: Threads = None,
+    compile: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="torch.compile of the formula too.")
+    ] = True,
+) -> None:
+    """NormSoftmax and its cross-entropy, beside torch's softmax and the plain formula."""
+    from effkern.bench import norm_softmax as bench
+
+    settings = bench.NormSoftmaxSettings(
+        device=str(_prepare(device, threads)),
+        shape=(batch, rows, columns) if batch else (),
+        tokens=tokens,
+        classes=classes,
+        dtype=dtype.value,
+        rounds=rounds,
+        compile=compile,
+        seed=seed,
+    )
+    _measure(bench.run, settings, json, plot)
+
+
 def _prepare(device: str, threads: int | None) -> object:
     import torch
 

@@ -6,11 +6,21 @@ import math
 import pytest
 import torch
 
-from effkern.bench import adam, call_overhead, limits, machine, norms, plots, tables
+from effkern.bench import (
+    adam,
+    call_overhead,
+    limits,
+    machine,
+    norm_softmax,
+    norms,
+    plots,
+    tables,
+)
 from effkern.bench.limits import Streams, copy_limit
 from effkern.bench.peers import Peers, adamw_peers, norm_peers
 from effkern.bench.results import COPY_LIMIT, OURS
 from effkern.bench.timers import Scrubber
+from effkern.nn import functional
 
 CPU = torch.device("cpu")
 
@@ -135,6 +145,33 @@ def test_bench_norms_end_to_end():
     assert "CRMSNorm 4 x 8 float32, forward" in text
     assert "call overhead, RMSNorm 1 x 64, no gradient" in text
     assert "copy limit (" in text
+
+
+def test_every_form_of_bench_norm_softmax_computes_the_same():
+    x = torch.randn(4, 19)
+    target = torch.tensor([0, 3, 18, 7])
+    ours = functional.norm_softmax(x), functional.norm_softmax_cross_entropy(x, target)
+    theirs = norm_softmax.plain(x), norm_softmax.plain_cross_entropy(x, target)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_bench_norm_softmax_end_to_end():
+    settings = norm_softmax.NormSoftmaxSettings(
+        shape=(2, 3, 8), tokens=4, classes=50, rounds=1, compile=False
+    )
+    result = norm_softmax.run(settings)
+    names = [case.name for case in result.cases]
+    assert len(names) == len(set(names)) == 2 * (2 if "fresh" in " ".join(names) else 1) + 1
+    case = result.cases[-1]
+    assert case.bytes_moved == 2 * 4 * 50 * 4
+    assert [row.name for row in case.rows] == [
+        OURS,
+        "effkern, inplace",
+        "torch cross_entropy",
+        "plain NormSoftmax",
+        COPY_LIMIT,
+    ]
+    assert sum("times their memory" in note for note in result.notes) == 4
 
 
 def test_bench_norms_of_one_norm_in_short(monkeypatch):

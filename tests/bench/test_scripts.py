@@ -31,7 +31,7 @@ def common(monkeypatch, tmp_path):
     del sys.modules["common"]
 
 
-@pytest.mark.parametrize("benchmark", ["adam", "optimizers"])
+@pytest.mark.parametrize("benchmark", ["adam", "optimizers", "norm_softmax"])
 def test_benchmarks_keep_their_result(benchmark, common, monkeypatch):
     asked = []
     monkeypatch.setattr(common, "main", lambda arguments: asked.append(arguments) or 3)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from effkern import cli
-from effkern.bench import adam, norms
+from effkern.bench import adam, norm_softmax, norms
 from effkern.bench.demo import train
 from effkern.bench.demo.model import ModelShape
 from effkern.bench.results import Result
@@ -29,6 +29,7 @@ COMMANDS = (
     ["bench", "optimizers"],
     ["bench", "norms"],
     ["bench", "rms_norm"],
+    ["bench", "norm_softmax"],
     ["convert"],
 )
 WORKING = [command for command in COMMANDS if command not in ([], ["bench"])]
@@ -229,6 +230,12 @@ def test_doctor_tells_a_choice_that_cannot_serve(monkeypatch):
             norms,
             norms.NormsSettings(norms=("crms_norm",), fresh=False, overhead=False),
         ),
+        (
+            ["norm_softmax", "--batch", "0", "--tokens", "5", "--classes", "9", "--no-compile"],
+            norm_softmax,
+            norm_softmax.NormSoftmaxSettings(shape=(), tokens=5, classes=9, compile=False),
+        ),
+        (["norm_softmax"], norm_softmax, norm_softmax.NormSoftmaxSettings()),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

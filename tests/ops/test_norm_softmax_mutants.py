@@ -18,10 +18,10 @@ from tests.support.softmaxes import check, rows_of_every_branch
 
 def run_the_check() -> None:
     x = rows_of_every_branch(24)
-    bias = torch.randn(10, 24)
+    bias = torch.randn(7, 24)
     bias[:, ::5] = torch.finfo(torch.float32).min
     bias[0] = float("-inf")
-    for mask in (None, torch.rand(10, 24) > 0.4, bias):
+    for mask in (None, torch.rand(7, 24) > 0.4, bias):
         check(x, mask=mask)
         check(x.t(), 0, tau=0.5, mask=None if mask is None else mask.t())
 

@@ -18,7 +18,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 #: Two processes, which take about as long as each other.
 SUITES = [
-    ["tests/ops", "tests/nn", "tests/triton/test_numerics.py"],
+    [
+        "tests/ops",
+        "tests/nn",
+        "tests/triton/test_numerics.py",
+        "tests/triton/test_norm_softmax.py",
+    ],
     [
         "tests/optim",
         "tests/triton/test_bytes_and_launches.py",
@@ -31,6 +36,9 @@ NEEDED = {
     "tests.ops.test_step",
     "tests.ops.test_step_storage",
     "tests.ops.test_norm",
+    "tests.ops.test_norm_softmax",
+    "tests.ops.test_norm_softmax_cross_entropy",
+    "tests.triton.test_norm_softmax",
     "tests.optim.test_every_rule",
     "tests.triton.test_step_on_device",
     "tests.triton.test_storage_and_clipping",

@@ -54,6 +54,8 @@ def test_every_kernel_is_there(rows: list[Row]) -> None:
     kernels = {
         name.removesuffix("_kernel") for name in vars(norm_kernels) if name.endswith("_kernel")
     }
+    softmax = {f"norm_softmax_{name}" for name in ("forward", "backward")}
+    kernels |= softmax | {f"{name}_long" for name in softmax} | {"cross_entropy"}
     kernels |= {f"{rule}_update" for rule in RULES} | {"lamb_advance", "squares"}
     assert {family(row) for row in rows} == kernels
     assert {row.arch for row in rows} == set(ARCHITECTURES)
@@ -78,7 +80,7 @@ def test_registers_allow_the_occupancy_that_the_kernels_state(rows: list[Row]) -
             assert row.registers <= 64, row
         elif family(row) == "norm_forward":
             assert row.registers <= 64, row  # up to 1,024 threads a program
-        elif family(row) == "norm_backward":
+        elif family(row) == "norm_backward" or family(row).startswith("norm_softmax_"):
             assert row.registers <= 128, row  # up to 512 threads a program
 
 
