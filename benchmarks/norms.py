@@ -12,6 +12,11 @@ from common import RESULTS, run_as
 
 SIZES = (256, 512, 768, 1024, 2048, 4096, 8192)
 
+#: The size of which everything is tabled, also with a fresh allocator; of the others both passes.
+WHOLE = 768
+
+ROUNDS = 9
+
 #: Beside which peers each norm's speed-ups are tabled.
 PEERS = {
     "RMSNorm": ("torch rms_norm", "torch.compile", "torch layer_norm"),
@@ -22,9 +27,9 @@ PEERS = {
 
 def measure(sizes: list[str]) -> None:
     for size in sizes:
-        # Of one size everything; of the others what a network in its stride meets.
-        less = [] if size == "768" else ["--no-fresh", "--no-overhead"]
-        failed = run_as("norms", f"norms_{size}", ["--hidden-size", size, *less])
+        less = [] if size == str(WHOLE) else ["--no-fresh", "--no-overhead"]
+        what = ["--hidden-size", size, "--rounds", str(ROUNDS), *less]
+        failed = run_as("norms", f"norms_{size}", what)
         if failed:
             sys.exit(failed)
 
@@ -34,7 +39,8 @@ def print_tables() -> None:
     for size in SIZES:
         file = RESULTS / f"norms_{size}.json"
         if file.exists():
-            cases += json.loads(file.read_text())["cases"]
+            of_size = json.loads(file.read_text())["cases"]
+            cases += [case for case in of_size if size == WHOLE or "forward + back" in case["name"]]
     for title, peers in PEERS.items():
         print(f"\n| {title} | of the copy limit | {' | '.join(peers)} |")
         print("|---" * (2 + len(peers)) + "|")

@@ -76,6 +76,7 @@ def centred(values, first, NORM: tl.constexpr):
 @triton.jit
 def restored(
     y,
+    inside,
     weight,
     bias,
     first,
@@ -84,8 +85,8 @@ def restored(
     LEAST_BESIDE_BIAS: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """What was normalised, from y; NaN where the weight is smaller than the least. Weight and bias
-    are None where there are none.
+    """What was normalised, from y, where that is inside; NaN where the weight is smaller than the
+    least. Weight and bias are None where there are none.
     """
     if weight is not None:
         enough = tl.abs(weight) >= LEAST
@@ -96,7 +97,7 @@ def restored(
     y = y / rstd
     if NORM == LAYER_NORM:
         y = y + first
-    return y
+    return tl.where(inside, y, 0)
 
 
 @triton.jit

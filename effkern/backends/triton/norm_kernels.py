@@ -87,10 +87,8 @@ def load_total(x, x_offset, residual, residual_offset, column, inside, ACC: tl.c
 
 @triton.jit
 def load_parameter(parameter, column, features, ACC: tl.constexpr):
-    """The weights or biases of these columns, in the accumulation type; ones, by which may be
-    divided, where there are none.
-    """
-    return to_accumulator(tl.load(parameter + column, mask=column < features, other=1), ACC)
+    """The weights or biases of these columns, in the accumulation type."""
+    return to_accumulator(tl.load(parameter + column, mask=column < features, other=0), ACC)
 
 
 @triton.jit
@@ -298,6 +296,7 @@ def norm_projection_kernel(
         if X_IS_Y:
             values = restored(
                 values,
+                column < length,
                 weight_values,
                 bias_values,
                 first,
@@ -374,6 +373,7 @@ def norm_backward_kernel(
         if X_IS_Y:
             values = restored(
                 values,
+                inside,
                 weight_values,
                 bias_values,
                 first[:, None],
