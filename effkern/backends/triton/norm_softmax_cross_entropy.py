@@ -26,6 +26,8 @@ from effkern.backends.triton.norm_softmax_kernels import (
 from effkern.backends.triton.numerics import (
     TRITON_DTYPE,
     accumulation_dtype,
+    exponential,
+    quotient,
     scalar,
     to_accumulator,
     to_storage,
@@ -101,7 +103,7 @@ def cross_entropy_kernel(
     mean, squares, count = find_long(x_row, None, 1, 1, classes, 0.0, NO_MASK, ACC, BLOCK)
     number = temperature(tau, tau_value, ACC)
     divisor, is_sigma, is_tau = divisor_of(squares, count, number, scalar(eps, ACC))
-    inverse = 1 / divisor
+    inverse = quotient(1.0, divisor)
 
     # Of each lane: the sum of weights e, and the weighted mean of c.
     tops = tl.full((BLOCK,), float("-inf"), ACC)
@@ -115,7 +117,7 @@ def cross_entropy_kernel(
         c = load_x(x_row, column, inside, ACC) - mean
         z = c * inverse
         tops, factor = raised(tops, z, inside)
-        e = tl.where(inside, tl.exp(z - tops), 0)
+        e = tl.where(inside, exponential(z - tops), 0)
         weights *= factor
         both = weights + e
         part = tl.where(both == 0, 0, e / both)
@@ -127,7 +129,7 @@ def cross_entropy_kernel(
         sums_a += a
         sums_ac += tl.where(inside, a * c, 0)
     top = tl.max(tops, axis=0)
-    weights *= tl.where(tops == top, 1, tl.exp(tops - top))
+    weights *= tl.where(tops == top, 1, exponential(tops - top))
     total = tl.sum(weights, axis=0)
     mean_c = tl.sum(weights * means_c, axis=0) / total
     a_total, ac = tl.sum(sums_a, axis=0), tl.sum(sums_ac, axis=0)
@@ -155,7 +157,7 @@ def cross_entropy_kernel(
                 a = coefficients(
                     probabilities, weight, index, column, inside, classes, smoothing, KIND, ACC
                 )
-                dz = tl.exp(c * inverse - top) * p_factor - a
+                dz = exponential(c * inverse - top) * p_factor - a
                 dx = tl.where(counts, (dz - c * on_c) * (inverse * factor), 0)
                 tl.store(out_row + column, to_storage(dx, grad.dtype.element_ty), mask=inside)
 

@@ -9,7 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from effkern.backends.triton.numerics import larger, scalar, to_accumulator, to_storage
+from effkern.backends.triton.numerics import (
+    exponential,
+    larger,
+    quotient,
+    root,
+    scalar,
+    to_accumulator,
+    to_storage,
+)
 from effkern.backends.triton.rows import row_offset
 
 #: How entries are hidden, and what is added to the others: MaskKind of csrc/common/norm_softmax.h.
@@ -49,7 +57,7 @@ def load_mask(mask, offset, inside, hidden, KIND: tl.constexpr, ACC: tl.constexp
 @triton.jit
 def divisor_of(squares, count, tau, eps):
     """What a row is divided by; whether it is the deviation, and whether it is tau."""
-    sigma = tl.sqrt(squares / count)
+    sigma = root(quotient(squares, count))
     tau = count * 0 + tau  # one for each row: the interpreter combines no block with a scalar bool
     is_small = (count >= 2) & (sigma < eps)
     counts_as_tau = (count < 2) | (sigma >= tau)
@@ -77,7 +85,7 @@ def exponentials_of_rows(c, bias, visible, inverse):
     """The distribution up to a factor; 0 at hidden entries."""
     z = tl.where(visible, c * inverse[:, None] + bias, float("-inf"))
     top = tl.max(z, axis=1)
-    return tl.where(visible, tl.exp(z - top[:, None]), 0)
+    return tl.where(visible, exponential(z - top[:, None]), 0)
 
 
 @triton.jit
@@ -121,8 +129,8 @@ def norm_softmax_forward_kernel(
     visible, bias = load_mask(mask, place, inside, hidden, KIND, ACC)
     c, squares, count = centred_rows(values, visible)
     divisor, _, _ = divisor_of(squares, count, temperature(tau, tau_value, ACC), scalar(eps, ACC))
-    e = exponentials_of_rows(c, bias, visible, 1 / divisor)
-    factor = tl.where(count > 0, 1 / tl.sum(e, axis=1), 0)
+    e = exponentials_of_rows(c, bias, visible, quotient(1.0, divisor))
+    factor = tl.where(count > 0, quotient(1.0, tl.sum(e, axis=1)), 0)
     out = row_offset(row, y_rows)[:, None] + column[None, :] * y_stride
     tl.store(y + out, to_storage(e * factor[:, None], y.dtype.element_ty), mask=inside)
 
@@ -167,8 +175,8 @@ def norm_softmax_backward_kernel(
     c, squares, count = centred_rows(values, visible)
     number = temperature(tau, tau_value, ACC)
     divisor, is_sigma, is_tau = divisor_of(squares, count, number, scalar(eps, ACC))
-    e = exponentials_of_rows(c, bias, visible, 1 / divisor)
-    factor = tl.where(count > 0, 1 / tl.sum(e, axis=1), 0)
+    e = exponentials_of_rows(c, bias, visible, quotient(1.0, divisor))
+    factor = tl.where(count > 0, quotient(1.0, tl.sum(e, axis=1)), 0)
     mean_g = tl.sum(e * g, axis=1) * factor
     dz = e * factor[:, None] * (g - mean_g[:, None])
     along = tl.sum(dz * c, axis=1)
@@ -176,7 +184,7 @@ def norm_softmax_backward_kernel(
     if grad_tau is not None:
         tl.store(grad_tau + row, of_tau, mask=row < rows)
     if grad_x is not None:
-        dx = (dz - c * on_c[:, None]) * (1 / divisor)[:, None]
+        dx = (dz - c * on_c[:, None]) * quotient(1.0, divisor)[:, None]
         out = row_offset(row, grad_x_rows)[:, None] + column[None, :] * grad_x_stride
         tl.store(grad_x + out, to_storage(dx, grad_x.dtype.element_ty), mask=inside)
 
@@ -221,7 +229,7 @@ def find_long(
 def raised(top, z, visible):
     """The larger of top and what is visible of z, and the factor of sums that were taken below."""
     new = tl.where(visible, larger(top, z), top)
-    return new, tl.where(new == top, 1, tl.exp(top - new))
+    return new, tl.where(new == top, 1, exponential(top - new))
 
 
 @triton.jit
@@ -257,7 +265,7 @@ def norm_softmax_forward_long_kernel(
     )
     number = temperature(tau, tau_value, ACC)
     divisor, _, _ = divisor_of(squares, count, number, scalar(eps, ACC))
-    inverse = 1 / divisor
+    inverse = quotient(1.0, divisor)
     tops = tl.full((BLOCK,), float("-inf"), ACC)
     sums = tl.zeros((BLOCK,), ACC)
     for start in range(0, features, BLOCK):
@@ -266,16 +274,16 @@ def norm_softmax_forward_long_kernel(
         visible, bias = load_mask(mask_row, column * mask_stride, inside, hidden, KIND, ACC)
         z = (load_x(x_row, column * x_stride, inside, ACC) - mean) * inverse + bias
         tops, factor = raised(tops, z, visible)
-        sums = sums * factor + tl.where(visible, tl.exp(z - tops), 0)
+        sums = sums * factor + tl.where(visible, exponential(z - tops), 0)
     top = tl.max(tops, axis=0)
-    total = tl.sum(tl.where(tops == top, sums, sums * tl.exp(tops - top)), axis=0)
-    factor = tl.where(count > 0, 1 / total, 0)
+    total = tl.sum(tl.where(tops == top, sums, sums * exponential(tops - top)), axis=0)
+    factor = tl.where(count > 0, quotient(1.0, total), 0)
     for start in range(0, features, BLOCK):
         column = (start + tl.arange(0, BLOCK)).to(tl.int64)
         inside = column < features
         visible, bias = load_mask(mask_row, column * mask_stride, inside, hidden, KIND, ACC)
         z = (load_x(x_row, column * x_stride, inside, ACC) - mean) * inverse + bias
-        e = tl.where(visible, tl.exp(z - top) * factor, 0)
+        e = tl.where(visible, exponential(z - top) * factor, 0)
         tl.store(y_row + column * y_stride, to_storage(e, y.dtype.element_ty), mask=inside)
 
 
@@ -316,7 +324,7 @@ def norm_softmax_backward_long_kernel(
     )
     number = temperature(tau, tau_value, ACC)
     divisor, is_sigma, is_tau = divisor_of(squares, count, number, scalar(eps, ACC))
-    inverse = 1 / divisor
+    inverse = quotient(1.0, divisor)
     tops = tl.full((BLOCK,), float("-inf"), ACC)
     # Of each lane: the sum of weights e, the weighted means of g and c, and the sum of weight times
     # the product of their deviations. Kept so, and not as sums of products, it loses nothing where
@@ -333,7 +341,7 @@ def norm_softmax_backward_long_kernel(
         g = load_x(grad_row, column * grad_stride, inside, ACC)
         z = c * inverse + bias
         tops, factor = raised(tops, z, visible)
-        e = tl.where(visible, tl.exp(z - tops), 0)
+        e = tl.where(visible, exponential(z - tops), 0)
         weights *= factor
         both = weights + e
         part = tl.where(both == 0, 0, e / both)
@@ -344,9 +352,9 @@ def norm_softmax_backward_long_kernel(
         means_c += of_c * part
         weights = both
     top = tl.max(tops, axis=0)
-    scale = tl.where(tops == top, 1, tl.exp(tops - top))
+    scale = tl.where(tops == top, 1, exponential(tops - top))
     weights *= scale
-    factor = tl.where(count > 0, 1 / tl.sum(weights, axis=0), 0)
+    factor = tl.where(count > 0, quotient(1.0, tl.sum(weights, axis=0)), 0)
     mean_g = tl.sum(weights * means_g, axis=0) * factor
     mean_c = tl.sum(weights * means_c, axis=0) * factor
     products = products * scale + weights * (means_g - mean_g) * (means_c - mean_c)
@@ -362,7 +370,7 @@ def norm_softmax_backward_long_kernel(
             visible, bias = load_mask(mask_row, column * mask_stride, inside, hidden, KIND, ACC)
             c = load_x(x_row, column * x_stride, inside, ACC) - mean
             g = load_x(grad_row, column * grad_stride, inside, ACC)
-            dz = tl.exp(c * inverse + bias - top) * factor * (g - mean_g)
+            dz = exponential(c * inverse + bias - top) * factor * (g - mean_g)
             dx = tl.where(visible, (dz - c * on_c) * inverse, 0)
             place = out_row + column * grad_x_stride
             tl.store(place, to_storage(dx, grad_x.dtype.element_ty), mask=inside)

@@ -70,10 +70,28 @@ def root(x):
 @triton.jit
 def quotient(a, b):
     """The quotient a / b, rounded to nearest."""
-    if a.dtype == tl.float32:
+    if b.dtype == tl.float32:
         y = tl.div_rn(a, b)
     else:
         y = a / b
+    return y
+
+
+_LOG2E = tl.constexpr(1.4426950216293335)  # float32's nearest to log2(e)
+_LOG2E_REST = tl.constexpr(1.92596298909109e-8)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def exponential(x):
+    """The power of e; Triton's own of float32 loses digits as x grows."""
+    if x.dtype == tl.float32:
+        power = x * _LOG2E
+        lost = tl.fma(x, tl.full(x.shape, _LOG2E, tl.float32), -power) + x * _LOG2E_REST
+        lost = tl.where(x > -1e30, lost, 0.0)
+        y = tl.exp2(power) * (1.0 + lost * _LN2)
+    else:
+        y = tl.exp(x)
     return y
 
 
