@@ -12,7 +12,8 @@ from common import RESULTS, run_as
 
 SIZES = (256, 512, 768, 1024, 2048, 4096, 8192)
 
-#: The size of which everything is tabled, also with a fresh allocator; of the others both passes.
+#: The size of which everything is measured and tabled: of the others both passes together are
+#: tabled, and neither torch.compile, which takes minutes, nor a fresh allocator takes part.
 WHOLE = 768
 
 ROUNDS = 9
@@ -27,7 +28,7 @@ PEERS = {
 
 def measure(sizes: list[str]) -> None:
     for size in sizes:
-        less = [] if size == str(WHOLE) else ["--no-fresh", "--no-overhead"]
+        less = [] if size == str(WHOLE) else ["--no-fresh", "--no-overhead", "--no-compile"]
         what = ["--hidden-size", size, "--rounds", str(ROUNDS), *less]
         failed = run_as("norms", f"norms_{size}", what)
         if failed:

@@ -51,7 +51,7 @@ def test_the_benchmark_of_norms(common, monkeypatch, tmp_path, capsys):
     script = str(ROOT / "benchmarks" / "norms.py")
     runpy.run_path(script, run_name="__main__")
     kept = [f"{tmp_path}/norms_{size}" for size in (768, 1024)]
-    less = ["--no-fresh", "--no-overhead"]
+    less = ["--no-fresh", "--no-overhead", "--no-compile"]
     files = [["--json", f"{name}.json", "--plot", f"{name}.png"] for name in kept]
     assert asked == [
         ["bench", "norms", *files[0], "--hidden-size", "768", "--rounds", "9"],
