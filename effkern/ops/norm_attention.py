@@ -100,7 +100,7 @@ def attend(
     tau: float | Tensor,
     eps: float,
 ) -> Tensor:
-    """`norm_softmax_attention` of arguments that have been checked, with masks that may be combined.
+    """`norm_softmax_attention` of checked arguments, with masks that may be combined.
 
     Args:
         q: as there, and so are the others, but that attn_mask may stand beside is_causal.
@@ -157,8 +157,12 @@ def _attend(
         # torch.func differentiates and maps the definition, to any order and in forward mode.
         if key_mask is not None:
             keys = key_mask[:, None, None, :]
-            mask = keys if mask is None else (
-                mask & keys if mask.dtype == torch.bool else torch.where(keys, mask, -math.inf)
+            mask = (
+                keys
+                if mask is None
+                else (
+                    mask & keys if mask.dtype == torch.bool else torch.where(keys, mask, -math.inf)
+                )
             )
         k, v = (t.repeat_interleave(q.shape[1] // max(t.shape[1], 1), 1) for t in (k, v))
         y, _ = reference.attention(q, k, v, mask, causal, scale, tau, eps, dropout_p)
@@ -201,9 +205,7 @@ def divide(
     mask = seen.mask if seen.mask is not None else seen.keys
     if by_scores and seen.mask is None and mask is not None:
         mask = mask[..., None, :]
-    scaled, shifted = DividedQueries.apply(
-        by_scores, q, k, mask, tau, eps, scale, seen.causal
-    )
+    scaled, shifted = DividedQueries.apply(by_scores, q, k, mask, tau, eps, scale, seen.causal)
     return scaled, shifted if _has_offset(q.dtype, by_scores or seen.causal) else k
 
 
@@ -295,7 +297,12 @@ def _forward_fake(
 
 
 def _backward_fake(
-    grad_q: Tensor, grad_k: Tensor | None, q: Tensor, k: Tensor, seen: Any, deviation: Tensor,
+    grad_q: Tensor,
+    grad_k: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    seen: Any,
+    deviation: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), deviation.new_empty(deviation.shape)
@@ -321,7 +328,6 @@ declare(
     libraries=(),
 )
 KERNELS = Family("_norm_attention_forward", "_norm_attention_backward")
-
 
 
 def _by_scores_fake(

@@ -132,7 +132,9 @@ def in_four_dimensions(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa
         ) from error
     of_result = torch.Size((*leading, q.shape[-3])) if gqa else leading
     batch = (*of_result[:-1],)
-    heads = [_to_four(t, (*batch, t.shape[-3] if gqa else (leading or (1,))[-1])) for t in (q, k, v)]
+    heads = [
+        _to_four(t, (*batch, t.shape[-3] if gqa else (leading or (1,))[-1])) for t in (q, k, v)
+    ]
     if mask is not None:
         scores = (*of_result, q.shape[-2], k.shape[-2])
         aligned = zip(reversed(mask.shape), reversed(scores), strict=False)

@@ -14,7 +14,8 @@ n_i keys,
     grad k_j = sum_i w_i q_i (q_i . (k_j - mu_i)).
 
 Rows that see fewer than two keys have the deviation infinity, which counts as tau and passes no
-gradient. All arithmetic is in the accumulation dtype.
+gradient. The covariance and its quadratic form are of float64: where one key is far from the others
+(as those of attention sinks are) and a query nearly orthogonal to it, large terms cancel.
 """
 
 from __future__ import annotations
@@ -142,10 +143,11 @@ def forward(
         bits; the deviations, shape (B, H, L), in the accumulation dtype.
     """
     acc = accumulation_dtype(q.dtype)
-    wide, keys = q.to(acc), _centred(k.to(acc), seen)
-    variance, count = _variance(wide, *_widened(keys, seen, q, causal), causal)
-    deviation = (variance.clamp(min=0).sqrt() * abs(scale)).masked_fill(count < 2, math.inf)
-    scaled = _narrowed(wide / divisor(deviation, tau, eps)[..., None], q.dtype)
+    keys = _centred(k.double(), seen)
+    variance, count = _variance(q.double(), *_widened(keys, seen, q, causal), causal)
+    deviation = variance.clamp(min=0).sqrt() * abs(scale)
+    deviation = deviation.masked_fill(count < 2, math.inf).to(acc)
+    scaled = _narrowed(q.to(acc) / divisor(deviation, tau, eps)[..., None], q.dtype)
     if causal and q.dtype not in (torch.float32, torch.float64):
         return scaled, k.new_empty(0), deviation
     shifted = k.to(acc) - offset(k.to(acc), seen, causal)
@@ -196,8 +198,8 @@ def backward(
 
     Args:
         grad_q: with respect to the divided queries.
-        grad_k: with respect to the shifted keys, or None where there are none; what passes through the offset is left out, for
-            the softmax's gradients sum to zero over a row's keys.
+        grad_k: with respect to the shifted keys, or None where there are none; what passes through
+            the offset is left out, for the softmax's gradients sum to zero over a row's keys.
         q: as forward had it, and so are k, seen, tau, eps, scale and causal.
         k: of forward.
         seen: of forward.
@@ -212,11 +214,12 @@ def backward(
         the accumulation dtype.
     """
     acc = accumulation_dtype(q.dtype)
-    wide, keys = q.to(acc), _centred(k.to(acc), seen)
-    of_queries, of_divisor, h = _through_the_divisor(grad_q.to(acc), wide, deviation, tau, eps)
-    shared, seen_widened = _widened(keys, seen, q, causal)
+    of_queries, of_divisor, h = _through_the_divisor(grad_q.to(acc), q.to(acc), deviation, tau, eps)
     of_variance_q, of_variance_k = _variance_backward(
-        wide, h * (2 * scale**2), shared, seen_widened, causal
+        q.double(),
+        h.double() * (2 * scale**2),
+        *_widened(_centred(k.double(), seen), seen, q, causal),
+        causal,
     )
     total_k = _summed(of_variance_k, k, causal)
     if grad_k is not None:
@@ -270,9 +273,7 @@ def _centred(k: Tensor, seen: Tensor | None) -> Tensor:
     return rest if seen is None else rest.masked_fill(~seen[..., None], 0)
 
 
-def _widened(
-    keys: Tensor, seen: Tensor | None, q: Tensor, causal: bool
-) -> tuple[Tensor, Tensor]:
+def _widened(keys: Tensor, seen: Tensor | None, q: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """The keys of every query head, shape (B, H, S, E), and which are seen, shape (B, H, S).
 
     In causal attention S is L here: keys that no row sees are cut off, and hidden ones added.
@@ -359,14 +360,12 @@ def _in_chunks(x: Tensor, features: int) -> Tensor:
 def _exclusive_prefix(x: Tensor) -> Tensor:
     """Sums over the chunks before each, of which nothing later is a part."""
     before = torch.nn.functional.pad(x[:, :, :-1], (0, 0) * (x.dim() - 3) + (1, 0))
-    return before.cumsum(2, dtype=torch.float64)
+    return before.cumsum(2)
 
 
 def _exclusive_suffix(x: Tensor) -> Tensor:
     """Sums over the chunks after each."""
-    return (x.sum(2, keepdim=True, dtype=torch.float64) - x.cumsum(2, dtype=torch.float64)).to(
-        x.dtype
-    )
+    return x.sum(2, keepdim=True) - x.cumsum(2)
 
 
 class _Prefix:
@@ -391,17 +390,16 @@ class _Prefix:
         before = (counts.cumsum(-1) - counts)[..., None]
         self.before = before
         self.count = before + self.seen.cumsum(-1)
-        # Sums about one key in float64: its distance from the mean takes no digits.
         sums = _exclusive_prefix(keys.sum(-2))
         products = _exclusive_prefix(keys.transpose(-2, -1) @ keys)
         mean = sums / before.clamp(min=1)
-        moments = products - mean[..., :, None] * sums[..., None, :]
-        self.moments, self.mean_before = moments.to(q.dtype), mean.to(q.dtype)
+        self.moments, self.mean_before = products - mean[..., :, None] * sums[..., None, :], mean
         own = self.seen[..., None]
         self.keys = (keys - self.mean_before[..., None, :]).masked_fill(~own, 0)
-        visible = self.seen[..., None, :] & torch.ones(
-            CHUNK, CHUNK, dtype=torch.bool, device=q.device
-        ).tril()
+        visible = (
+            self.seen[..., None, :]
+            & torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).tril()
+        )
         scores = (self.q @ self.keys.transpose(-2, -1)).masked_fill(~visible, 0)
         self.mean = scores.sum(-1) / self.count.clamp(min=1)
         self.centred = (scores - self.mean[..., None]).masked_fill(~visible, 0)
