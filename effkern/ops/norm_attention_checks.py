@@ -199,6 +199,8 @@ def read_mask(mask: Tensor | None, keys: Tensor | None, causal: bool, q: Tensor,
     for_softmax = None if keys is None else keys[:, None, None, :]
     general = None
     if mask is not None:
+        if mask.shape[-2] > 1 and mask.stride(-2) == 0:
+            mask = mask[..., :1, :]  # expanded, as transformers' masks of padding are
         seen = is_seen(mask.detach())
         if mask.shape[-2] == 1:
             of_keys = seen[..., 0, :] if of_keys is None else of_keys & seen[..., 0, :]

@@ -33,8 +33,13 @@ def attention(
     tau: Any = 1.0,
     eps: float = 1e-6,
     dropout_p: float = 0.0,
+    through_sigma: bool = True,
 ) -> Tensor:
-    """In the dtype of its arguments, as a user would write it from the paper."""
+    """In the dtype of its arguments, as a user would write it from the paper.
+
+    Without ``through_sigma`` the gradient takes sigma for a number: of q and k it is then as large
+    as the terms that cancel in the right one.
+    """
     assert dropout_p == 0.0
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
@@ -42,7 +47,7 @@ def attention(
         scale = 1 / math.sqrt(q.shape[-1])
     scores = q @ k.transpose(-2, -1) * scale
     by, seen, count = _divisor(scores, attn_mask, is_causal, tau, eps)
-    logits = scores / by
+    logits = scores / (by if through_sigma else by.detach())
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         logits = logits + torch.where(seen, attn_mask, 0).to(logits.dtype)
     logits = logits.masked_fill(~seen, -math.inf).masked_fill(count == 0, 0)

@@ -79,15 +79,15 @@ def attention(
         dropout_p: of the probabilities.
 
     Returns:
-        The result, shape (*, L, Ev), and the probabilities before dropout, shape (*, L, S), in the
+        The result, shape (*, L, Ev), and the probabilities after dropout, shape (*, L, S), in the
         dtype of q.
     """
     acc = accumulation_dtype(q.dtype)
     scores = q.to(acc) @ k.to(acc).transpose(-2, -1) * scale
     mask = with_causal(mask, causal, *scores.shape[-2:], scores)
     weights = norm_softmax(scores, mask, tau, eps, -1)
-    dropped = torch.dropout(weights, dropout_p, dropout_p > 0)
-    return (dropped @ v.to(acc)).to(q.dtype), weights.to(q.dtype)
+    weights = torch.dropout(weights, dropout_p, dropout_p > 0)
+    return (weights @ v.to(acc)).to(q.dtype), weights.to(q.dtype)
 
 
 def divided(
