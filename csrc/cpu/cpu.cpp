@@ -52,6 +52,18 @@ void norm_backward(const NormBackward& args, void* partial, ParallelFor parallel
              });
 }
 
+void norm_softmax_forward(const NormSoftmaxForward& args, ParallelFor parallel_for) {
+  const NormSoftmaxKernels& kernels = chosen_kernels().norm_softmax;
+  in_threads(parallel_for, args.rows, grain_of_rows(args.features),
+             [&](int64_t begin, int64_t end) { kernels.forward(args, begin, end); });
+}
+
+void norm_softmax_backward(const NormSoftmaxBackward& args, ParallelFor parallel_for) {
+  const NormSoftmaxKernels& kernels = chosen_kernels().norm_softmax;
+  in_threads(parallel_for, args.rows, grain_of_rows(args.features),
+             [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end); });
+}
+
 void bandwidth(const BandwidthTask& task, int64_t elements, ParallelFor parallel_for) {
   const Kernels& kernels = chosen_kernels();
   // Counted in stretches of 64 elements, so that every thread's begins on a cache line.

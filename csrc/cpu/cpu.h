@@ -44,6 +44,9 @@ RowChunks norm_chunks(int64_t rows);
 // of parameters are wanted, else null.
 void norm_backward(const NormBackward& args, void* partial, ParallelFor parallel_for);
 
+void norm_softmax_forward(const NormSoftmaxForward& args, ParallelFor parallel_for);
+void norm_softmax_backward(const NormSoftmaxBackward& args, ParallelFor parallel_for);
+
 // One step of a rule over all tensors of a table; their step counters have been increased.
 #define EFFKERN_DECLARE(Rule, name) \
   void step(const StepTask& task, const Rule& rule, ParallelFor parallel_for);

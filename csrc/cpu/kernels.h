@@ -4,6 +4,7 @@
 #include "common/dtype.h"
 #include "common/multi_tensor.h"
 #include "common/norm.h"
+#include "common/norm_softmax.h"
 #include "math/rules.h"
 
 namespace effkern::cpu {
@@ -40,9 +41,14 @@ struct NormKernels {
   void (*sum_shares)(const NormBackward&, int64_t chunks, const void* partial, int64_t begin,
                      int64_t end);
 };
+struct NormSoftmaxKernels {
+  void (*forward)(const NormSoftmaxForward&, int64_t begin, int64_t end);
+  void (*backward)(const NormSoftmaxBackward&, int64_t begin, int64_t end);
+};
 struct Kernels {
   const char* isa;
   NormKernels norms[kNorms];  // by Norm
+  NormSoftmaxKernels norm_softmax;
   // One step of a rule. Elements are counted through all tensors, in the table's order.
 #define EFFKERN_MEMBER_OF(Rule, name) \
   void (*name)(const StepTask&, const Rule&, int64_t begin, int64_t end);

@@ -384,6 +384,14 @@ EFFKERN_INLINE auto sum_lanes(V v) {
   return sum;
 }
 
+template <class V>
+EFFKERN_INLINE auto largest_lane(V v) {
+  constexpr int kCount = sizeof(v) / sizeof(v[0]);
+  auto largest = v[0];
+  for (int i = 1; i < kCount; ++i) largest = larger(largest, v[i]);
+  return largest;
+}
+
 // The first `count` lanes of v, and `rest` in the others.
 template <class T>
 EFFKERN_INLINE Vec<T> with_rest(Vec<T> v, int64_t count, Acc<T> rest) {

@@ -28,32 +28,38 @@ inline RowGroups row_groups(int64_t packs, int held, int threads) {
   return RowGroups{lanes, lanes < threads ? threads / lanes : 1};
 }
 
-// The sums of kSums numbers from each thread of a group, the same bits in all of them; every thread
-// of the block must call it. `scratch` has kSums numbers for each warp of the block, and must not
-// be the one of the call before.
-template <int kSums, class S>
-__device__ __forceinline__ void sum_over_group(S (&values)[kSums], int lanes, S* scratch) {
+// Of kNumbers numbers from each thread of a group each combined over the group, from `none` on, the
+// same bits in all threads; every thread of the block must call it. `scratch` has kNumbers numbers
+// for each warp of the block, and must not be the one of the call before.
+template <int kNumbers, class S, class Combine>
+__device__ __forceinline__ void combine_over_group(S (&values)[kNumbers], int lanes, S* scratch,
+                                                   S none, const Combine& combine) {
 #pragma unroll
-  for (int n = 0; n < kSums; ++n) {
+  for (int n = 0; n < kNumbers; ++n) {
     for (int offset = (lanes < kWarp ? lanes : kWarp) / 2; offset > 0; offset /= 2) {
-      values[n] += __shfl_xor_sync(0xffffffffu, values[n], offset);
+      values[n] = combine(values[n], __shfl_xor_sync(0xffffffffu, values[n], offset));
     }
   }
   if (lanes <= kWarp) return;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, warps = lanes / kWarp;
   const int all_warps = static_cast<int>(blockDim.x) / kWarp;
 #pragma unroll
-  for (int n = 0; n < kSums; ++n) {
+  for (int n = 0; n < kNumbers; ++n) {
     if (threadIdx.x % kWarp == 0) scratch[n * all_warps + warp] = values[n];
   }
   __syncthreads();
 #pragma unroll
-  for (int n = 0; n < kSums; ++n) {
+  for (int n = 0; n < kNumbers; ++n) {
     const S* const first = scratch + n * all_warps + warp / warps * warps;
-    values[n] = 0;
+    values[n] = none;
 #pragma unroll 8  // all at once would take as many registers
-    for (int i = 0; i < warps; ++i) values[n] += first[i];
+    for (int i = 0; i < warps; ++i) values[n] = combine(values[n], first[i]);
   }
+}
+
+template <int kSums, class S>
+__device__ __forceinline__ void sum_over_group(S (&values)[kSums], int lanes, S* scratch) {
+  combine_over_group(values, lanes, scratch, S(0), [](S a, S b) { return a + b; });
 }
 
 // The same for one number.

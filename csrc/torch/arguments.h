@@ -25,6 +25,7 @@ namespace effkern {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 struct Device {
   int32_t type, index;
@@ -140,20 +141,12 @@ struct Rows {
   const void* data() const { return tensor.const_data_ptr(); }
 };
 
-// The layout of a tensor whose last `dims` dimensions are the features; nothing where the features
-// are not contiguous or the leading dimensions do not collapse to three.
-inline std::optional<RowLayout> row_layout(const Tensor& tensor, int64_t dims) {
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
-  const int64_t ndim = static_cast<int64_t>(sizes.size());
-  int64_t features = 1;
-  for (int64_t d = ndim; d-- > ndim - dims;) {
-    if (sizes[d] != 1 && strides[d] != features) return std::nullopt;
-    features *= sizes[d];
-  }
+// Dimensions as the three of a RowLayout; nothing where they do not collapse to three.
+inline std::optional<RowLayout> collapsed(const int64_t* sizes, const int64_t* strides,
+                                          int64_t ndim) {
   std::array<int64_t, 3> size{1, 1, 1}, stride{0, 0, 0};  // innermost first
   int used = 0;
-  for (int64_t d = ndim - dims; d-- > 0;) {
+  for (int64_t d = ndim; d-- > 0;) {
     if (sizes[d] == 1) continue;
     if (used > 0 && strides[d] == stride[used - 1] * size[used - 1]) {
       size[used - 1] *= sizes[d];
@@ -166,6 +159,20 @@ inline std::optional<RowLayout> row_layout(const Tensor& tensor, int64_t dims) {
   if (used <= 1) return RowLayout{1, 1, stride[0], 0, 0};
   return RowLayout{used == 3 ? size[1] : 1, size[0], used == 3 ? stride[2] : stride[1],
                    used == 3 ? stride[1] : 0, stride[0]};
+}
+
+// The layout of a tensor whose last `dims` dimensions are the features; nothing where the features
+// are not contiguous or the leading dimensions do not collapse to three.
+inline std::optional<RowLayout> row_layout(const Tensor& tensor, int64_t dims) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  const int64_t ndim = static_cast<int64_t>(sizes.size());
+  int64_t features = 1;
+  for (int64_t d = ndim; d-- > ndim - dims;) {
+    if (sizes[d] != 1 && strides[d] != features) return std::nullopt;
+    features *= sizes[d];
+  }
+  return collapsed(sizes.data(), strides.data(), ndim - dims);
 }
 
 // The rows of a tensor, copied to a contiguous one where `row_layout` finds none.

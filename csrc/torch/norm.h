@@ -10,8 +10,6 @@
 
 namespace effkern {
 
-using OptionalTensor = std::optional<Tensor>;
-
 // Contiguous, in the dtype of x or in the accumulation type: all that the kernels take.
 inline Tensor norm_parameter(const Tensor& parameter, const char* name, DType x_dtype,
                              int64_t features, Device device) {

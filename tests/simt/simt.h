@@ -74,6 +74,8 @@ void __stwb(Word* p, Word value) {
 
 inline void __syncthreads() { simt::wait_for_block(); }
 
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 // One thread runs at a time, so a read and a write are one piece, and each sees all before it.
 inline void __threadfence() {}
 inline unsigned atomicInc(unsigned* p, unsigned last) {

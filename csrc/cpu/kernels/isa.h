@@ -18,6 +18,7 @@ namespace effkern::cpu::EFFKERN_ISA {
 NormKernels rms_norm();
 NormKernels crms_norm();
 NormKernels layer_norm();
+NormSoftmaxKernels norm_softmax();
 #define EFFKERN_DECLARE(Rule, name) \
   void name(const StepTask&, const Rule&, int64_t begin, int64_t end);
 EFFKERN_ONE_PASS_RULES(EFFKERN_DECLARE)

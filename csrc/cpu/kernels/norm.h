@@ -4,52 +4,11 @@
 #pragma once
 
 #include "cpu/kernels.h"
+#include "cpu/kernels/rows.h"
 #include "math/norm.h"
-
-#define EFFKERN_LAMBDA __attribute__((always_inline))
 
 namespace effkern::cpu::EFFKERN_ISA {
 namespace {
-
-// Outputs beyond this many bytes are written past the caches: they would not stay there until their
-// reader comes.
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
-
-// Calls body(i, count, slot) for each vector of a row; count is less than a vector only for the
-// last. Consecutive vectors have different slots of kSlots, so that a sum kept per slot does not
-// wait for the addition before.
-constexpr int kSlots = 4;
-template <class T, class Body>
-EFFKERN_INLINE void for_each_vector(int64_t features, const Body& body) {
-  constexpr int64_t kStep = kLanes<T>;
-  int64_t i = 0;
-  for (; i + kSlots * kStep <= features; i += kSlots * kStep) {
-    body(i, kStep, 0);
-    body(i + kStep, kStep, 1);
-    body(i + 2 * kStep, kStep, 2);
-    body(i + 3 * kStep, kStep, 3);
-  }
-  for (; i + kStep <= features; i += kStep) body(i, kStep, 0);
-  if (i < features) body(i, features - i, 1);
-}
-
-// Whether an output of contiguous rows is to be written past the caches. All vectors are then whole
-// and aligned.
-template <class T>
-bool is_streamed(const void* output, int64_t rows, int64_t features) {
-  const int64_t row_bytes = features * static_cast<int64_t>(sizeof(T));
-  return rows * row_bytes >= kStreamBytes && row_bytes % EFFKERN_VECTOR_BYTES == 0 &&
-         reinterpret_cast<uintptr_t>(output) % EFFKERN_VECTOR_BYTES == 0;
-}
-
-template <class T>
-EFFKERN_INLINE void put(T* p, Vec<T> v, int64_t count, bool streamed) {
-  if (streamed) {
-    stream(p, v);
-  } else {
-    store_some(p, v, count);
-  }
-}
 
 // The storage type of a weight that is not there.
 struct NoWeight {};
@@ -74,21 +33,13 @@ EFFKERN_INLINE NormSums<V> merged(const NormSums<V>& a, const NormSums<V>& b) {
   return {a.first + b.first, a.second + b.second};
 }
 
-// The sums over a row, where add(sums, i, count) adds the vector at `i` to some of them. They are
-// taken of a block at a time: beside one value far larger than the others, or after very many, a
-// sum that goes on has no digits left for more.
+// See `over_row`.
 template <class T, class Add>
 EFFKERN_INLINE NormSums<Acc<T>> sums_over(int64_t features, const Add& add) {
-  constexpr int64_t kBlock = 1024;
-  NormSums<Vec<T>> all = {};
-  for (int64_t block = 0; block < features; block += kBlock) {
-    NormSums<Vec<T>> slots[kSlots] = {};
-    const int64_t left = features - block;
-    for_each_vector<T>(left < kBlock ? left : kBlock,
-                       [&](int64_t i, int64_t count, int slot)
-                           EFFKERN_LAMBDA { add(slots[slot], block + i, count); });
-    all = merged(all, merged(merged(slots[0], slots[1]), merged(slots[2], slots[3])));
-  }
+  using Sums = NormSums<Vec<T>>;
+  const auto merge = [](const Sums& a, const Sums& b)
+                         EFFKERN_LAMBDA { return merged(a, b); };
+  const Sums all = over_row<T>(features, Sums{}, merge, add);
   return {sum_lanes(all.first), sum_lanes(all.second)};
 }
 

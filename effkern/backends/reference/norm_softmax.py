@@ -7,13 +7,15 @@ project's choices. Everything here is differentiable, to any order.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from effkern.backends.reference.dtypes import accumulation_dtype
 
-#: A number, or a tensor of one element on x's device.
+#: A number, or a tensor of shape () on x's device.
 Tau = float | Tensor
 
 
@@ -25,22 +27,64 @@ def norm_softmax(x: Tensor, mask: Tensor | None, tau: Tau, eps: float, dim: int)
         mask: broadcastable to x, boolean or of a floating dtype, or None.
         tau: the temperature.
         eps: the least divisor.
-        dim: the dimension of the distributions; ignored if x has none.
+        dim: the dimension of the distributions, from 0; 0 if x has none.
 
     Returns:
         y like x, contiguous.
     """
     visible, bias = split_mask(mask)
-    z = normalised(x, visible, tau, eps, dim)
-    if bias is not None:
-        z = z + bias.to(z.dtype)
-    if visible is None:
-        return torch.softmax(z, dim).to(x.dtype).contiguous()
-    # A row without a visible entry keeps zeros in z, so that its gradients are zeros too.
-    visible = visible.expand(x.shape)
-    hidden = ~visible & visible.any(dim, keepdim=True)
-    y = torch.softmax(torch.where(hidden, float("-inf"), torch.where(visible, z, 0)), dim)
-    return torch.where(visible, y, 0).to(x.dtype).contiguous()
+    row = centred(x, visible, dim)
+    y = _softmax(row.values / divisor(row.variance, row.count, tau, eps), visible, bias, dim)
+    return y.to(x.dtype).contiguous()
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    tau: Tau,
+    eps: float,
+    dim: int,
+    wants_x: bool = True,
+    wants_tau: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `norm_softmax`.
+
+    Args:
+        grad: with respect to y.
+        x: as `norm_softmax` had it; so are mask, tau, eps and dim.
+        mask: so.
+        tau: so.
+        eps: so.
+        dim: so.
+        wants_x: whether grad_x is computed.
+        wants_tau: whether grad_tau is computed.
+
+    Returns:
+        grad_x like x; each row's share of tau's gradient, in one dimension and the accumulation
+        dtype. An empty tensor for one that is not wanted.
+    """
+    visible, bias = split_mask(mask)
+    c, variance, count = centred(x, visible, dim)
+    divided_by = divisor(variance, count, tau, eps)
+    is_sigma, is_tau = branches(variance, count, tau, eps)
+    y = _softmax(c / divided_by, visible, bias, dim)
+    dz = grad_of_logits(grad.to(c.dtype), y, dim)
+    along = (dz * c).sum(dim, keepdim=True)
+    grad_x, grad_tau = x.new_empty(0), c.new_empty(0)
+    if wants_x:
+        squares = torch.where(is_sigma, variance * count, 1)
+        of_sigma = torch.where(is_sigma, c * along / squares, 0)
+        grad_x = ((dz - of_sigma) / divided_by).to(x.dtype).contiguous()
+    if wants_tau:
+        grad_tau = torch.where(is_tau, -along / tau**2, 0).flatten()
+    return grad_x, grad_tau
+
+
+def grad_of_logits(grad: Tensor, y: Tensor, dim: int) -> Tensor:
+    """The gradient of what the softmax y is of; hidden entries of grad may be anything."""
+    grad = torch.where(y == 0, 0, grad)
+    return y * (grad - (y * grad).sum(dim, keepdim=True))
 
 
 def split_mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -57,8 +101,22 @@ def split_mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return visible, torch.where(visible, mask, 0)
 
 
-def normalised(x: Tensor, visible: Tensor | None, tau: Tau, eps: float, dim: int) -> Tensor:
-    """``(x - mean) / divisor`` in the accumulation dtype; 0 where an entry is hidden.
+class Centred(NamedTuple):
+    """Rows in the accumulation dtype, their means taken off.
+
+    Attributes:
+        values: like x; 0 where an entry is hidden.
+        variance: of the visible entries of each row, with x's dimension of 1 for ``dim``.
+        count: how many those are; a tensor like the variance where there is a mask.
+    """
+
+    values: Tensor
+    variance: Tensor
+    count: Tensor | int
+
+
+def centred(x: Tensor, visible: Tensor | None, dim: int) -> Centred:
+    """The deviations of visible entries from their mean.
 
     That the mean is taken off changes neither the softmax nor its gradient, and large numbers with
     a common offset keep their digits.
@@ -68,15 +126,26 @@ def normalised(x: Tensor, visible: Tensor | None, tau: Tau, eps: float, dim: int
     if visible is None:
         mean = _mean(wide, count, dim)
         # The rounding of that mean, found beside numbers that are small where all are alike.
-        centred = wide - (mean + _mean(wide - mean, count, dim))
+        values = wide - (mean + _mean(wide - mean, count, dim))
     else:
         visible = visible.expand(x.shape)
         wide = torch.where(visible, wide, 0)
         count = visible.sum(dim, keepdim=True)
         mean = _mean(wide, count, dim)
         rest = torch.where(visible, wide - mean, 0)
-        centred = torch.where(visible, wide - (mean + _mean(rest, count, dim)), 0)
-    return centred / divisor(_mean(centred.square(), count, dim), count, tau, eps)
+        values = torch.where(visible, wide - (mean + _mean(rest, count, dim)), 0)
+    return Centred(values, _mean(values.square(), count, dim), count)
+
+
+def branches(variance: Tensor, count: Tensor | int, tau: Tau, eps: float) -> tuple[Tensor, Tensor]:
+    """Whether the divisor of each row is its deviation, and whether it is tau."""
+    sigma = variance.detach().sqrt()
+    few = torch.as_tensor(count, device=variance.device) < 2
+    is_small = ~few & (sigma < eps)
+    counts_as_tau = few | (sigma >= tau)
+    return ~(is_small | counts_as_tau), ~is_small & counts_as_tau & torch.as_tensor(
+        tau > eps, device=variance.device
+    )
 
 
 def divisor(variance: Tensor, count: Tensor | int, tau: Tau, eps: float) -> Tensor:
@@ -91,16 +160,11 @@ def divisor(variance: Tensor, count: Tensor | int, tau: Tau, eps: float) -> Tens
         tau: the temperature.
         eps: the least divisor.
     """
+    is_sigma, is_tau = branches(variance, count, tau, eps)
     tau = torch.as_tensor(tau, device=variance.device).to(variance.dtype)
-    sigma = variance.detach().sqrt()
-    few = torch.as_tensor(count, device=variance.device) < 2
-    counts_as_tau = few | (sigma >= tau)
-    is_small = ~few & (sigma < eps)
     # Where the root is not used its argument is one: the gradient of a root at zero is infinite.
-    root = torch.where(counts_as_tau | is_small, 1, variance).sqrt()
-    return torch.where(
-        is_small, eps, torch.where(counts_as_tau, torch.where(tau > eps, tau, eps), root)
-    )
+    root = torch.where(is_sigma, variance, 1).sqrt()
+    return torch.where(is_sigma, root, torch.where(is_tau, tau, eps))
 
 
 def norm_softmax_cross_entropy(
@@ -114,7 +178,8 @@ def norm_softmax_cross_entropy(
     reduction: str,
 ) -> Tensor:
     """The function of that name: see `effkern.nn.functional.norm_softmax_cross_entropy`."""
-    z = normalised(logits, None, tau, eps, min(1, logits.dim() - 1))
+    row = centred(logits, None, min(1, logits.dim() - 1))
+    z = row.values / divisor(row.variance, row.count, tau, eps)
     if target.is_floating_point():
         target = target.to(z.dtype)
     loss = F.cross_entropy(
@@ -126,6 +191,19 @@ def norm_softmax_cross_entropy(
         label_smoothing=label_smoothing,
     )
     return loss.to(logits.dtype)
+
+
+def _softmax(z: Tensor, visible: Tensor | None, bias: Tensor | None, dim: int) -> Tensor:
+    """The softmax over visible entries of z + bias; rows without one are zeros."""
+    if bias is not None:
+        z = z + bias.to(z.dtype)
+    if visible is None:
+        return torch.softmax(z, dim)
+    # A row without a visible entry keeps zeros in z, so that its gradients are zeros too.
+    visible = visible.expand(z.shape)
+    hidden = ~visible & visible.any(dim, keepdim=True)
+    y = torch.softmax(torch.where(hidden, float("-inf"), torch.where(visible, z, 0)), dim)
+    return torch.where(visible, y, 0)
 
 
 def _mean(values: Tensor, count: Tensor | int, dim: int) -> Tensor:
