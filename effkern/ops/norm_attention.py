@@ -315,7 +315,7 @@ declare(
     fake=_forward_fake,
     reference=reference.forward,
     triton=reference.forward,
-    libraries=(),
+    libraries=("CPU",),
 )
 declare(
     "_norm_attention_backward",
@@ -325,7 +325,7 @@ declare(
     fake=_backward_fake,
     reference=reference.backward,
     triton=reference.backward,
-    libraries=(),
+    libraries=("CPU",),
 )
 KERNELS = Family("_norm_attention_forward", "_norm_attention_backward")
 

@@ -37,8 +37,7 @@ EFFKERN_INLINE NormSums<V> merged(const NormSums<V>& a, const NormSums<V>& b) {
 template <class T, class Add>
 EFFKERN_INLINE NormSums<Acc<T>> sums_over(int64_t features, const Add& add) {
   using Sums = NormSums<Vec<T>>;
-  const auto merge = [](const Sums& a, const Sums& b)
-                         EFFKERN_LAMBDA { return merged(a, b); };
+  const auto merge = [](const Sums& a, const Sums& b) EFFKERN_LAMBDA { return merged(a, b); };
   const Sums all = over_row<T>(features, Sums{}, merge, add);
   return {sum_lanes(all.first), sum_lanes(all.second)};
 }

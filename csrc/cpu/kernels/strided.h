@@ -1,6 +1,6 @@
 // Rows whose elements may be strided, as contiguous rows: read where they lie if they are that,
-// else by way of a buffer, several neighbouring rows at a time, so that whole cache lines are moved.
-// cpu/kernels/isa.h must come first.
+// else by way of a buffer, several neighbouring rows at a time, so that whole cache lines are
+// moved. cpu/kernels/isa.h must come first.
 #pragma once
 
 #include "common/norm_softmax.h"
@@ -40,8 +40,8 @@ class Buffer {
   T* data_;
 };
 
-// Calls body(place in the buffer, element) for all elements of `count` rows from `first` on: the same
-// element of all rows, then the next.
+// Calls body(place in the buffer, element) for all elements of `count` rows from `first` on: the
+// same element of all rows, then the next.
 template <class T, class Body>
 void for_each_strided(T* data, const StridedRows& layout, int64_t first, int64_t count,
                       int64_t features, const Body& body) {
