@@ -5,6 +5,8 @@ leave room for the threads that each source states.
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,9 @@ pytestmark = pytest.mark.skipif(
 
 #: Registers of a multiprocessor.
 REGISTERS = 65536
+
+#: Of NormSoftmax, where a block takes a row.
+LONG_ROWS = ("softmax_long", "softmax_backward_long", "cross_entropy_kernel")
 
 
 #: The update rules' variants, as the kernels' template arguments begin.
@@ -49,7 +54,9 @@ def threads(row: Row) -> int:
         more = name == "lamb_advance" or rest[:2] in THREE_STATES
         narrow = rest[-1] not in ("float", "double")
         return 256 * (2 if rest[-1] == "double" else 4 - (narrow and more))
-    return 512 if name == "backward_held" else 1024
+    if name == "softmax_held":
+        return 512 if rest[-1] == "true" else 1024
+    return 512 if name in ("backward_held", "softmax_backward_held") else 1024
 
 
 def test_every_instance_is_there(rows: list[Row]) -> None:
@@ -63,6 +70,9 @@ def test_every_instance_is_there(rows: list[Row]) -> None:
     # Of each norm and dtype, aligned and not.
     of_norms = ("forward_held", "forward_twice", "backward_held", "project", "apply")
     expected |= dict.fromkeys(of_norms, 3 * 4 * 2) | {"sum_shares_kernel": 4}
+    # Of each dtype, aligned and not; of rows held there is one more with an additive mask.
+    expected |= dict.fromkeys(LONG_ROWS, 4 * 2)
+    expected |= {"softmax_held": 4 * 2 * 2, "softmax_backward_held": 4 * 2}
     assert counts == expected
     for kernel in ("step_kernel", "mixed_kernel"):
         found = {tuple(rest) for name, rest in map(arguments, rows) if name == kernel}
@@ -78,6 +88,7 @@ def test_the_aligned_path_moves_16_bytes_at_a_time(rows: list[Row]) -> None:
     for row in rows:
         name, rest = arguments(row)
         one_by_one = name.startswith(("forward", "backward", "project", "apply")) and rest[2] == "1"
+        one_by_one |= name.startswith(("softmax", "cross_entropy")) and rest[1] == "1"
         if name == "sum_shares_kernel" or one_by_one:
             continue
         assert row.vector_loads, row
@@ -101,6 +112,7 @@ def test_shared_memory_is_all_dynamic(rows: list[Row]) -> None:
     assert [row for row in rows if row.shared_bytes] == []
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 def test_a_spilling_kernel_would_be_seen(tmp_path: Path) -> None:
     source = tmp_path / "spilling.cu"
     source.write_text(
@@ -112,6 +124,8 @@ def test_a_spilling_kernel_would_be_seen(tmp_path: Path) -> None:
         "  p[0] = a[threadIdx.x % 64];\n"
         "}\n"
     )
-    (row,) = machine_code._compile(source, 90, tmp_path)
+    cubin = tmp_path / "spilling.cubin"
+    subprocess.run(["nvcc", "-cubin", "-arch=sm_90", source, "-o", cubin], check=True)
+    (row,) = machine_code.cubin_rows(cubin, 90)
     assert row.spill_bytes or row.local_bytes
     assert not row.vector_loads

@@ -25,7 +25,7 @@ struct NormForward {
   const void* residual;  // null: no residual
   RowLayout residual_rows;
   const void* weight;  // null: no weight; else contiguous, `features` long
-  const void* bias;    // the same; null without a weight and for all but LayerNorm
+  const void* bias;    // the same; null without a weight
   void* y;             // contiguous rows x features
   void* total;         // contiguous rows x features; null without a residual
   void* statistics;    // numbers_of(norm) x rows, in the accumulation type
@@ -46,6 +46,8 @@ struct NormBackward {
   RowLayout grad_total_rows;
   const void* x;  // what was normalised: the sum, where there was a residual
   RowLayout x_rows;
+  bool x_is_y;             // `x` is the forward's y; what was normalised is restored from it
+  const void* bias;        // as the forward had it; of use where x_is_y
   const void* weight;      // null: no weight
   const void* statistics;  // contiguous, as forward wrote them
   void* grad_x;            // contiguous rows x features; null: not wanted
@@ -57,5 +59,34 @@ struct NormBackward {
   // and the bias's.
   int sums() const { return grad_bias != nullptr ? 2 : grad_weight != nullptr ? 1 : 0; }
 };
+
+// A weight smaller than this, times the bias or alone, leaves less than half of a y's digits for
+// xhat: sqrt(eps), and the smallest normal number over it.
+constexpr double least_beside_bias(DType y) {
+  switch (y) {
+    case DType::kFloat32:
+      return 0x1p-11;
+    case DType::kFloat64:
+      return 0x1p-26;
+    case DType::kBFloat16:
+      return 0x1p-3;
+    case DType::kFloat16:
+      return 0x1p-5;
+  }
+  return 1;
+}
+constexpr double least_weight(DType y) {
+  switch (y) {
+    case DType::kFloat32:
+      return 0x1p-115;
+    case DType::kFloat64:
+      return 0x1p-996;
+    case DType::kBFloat16:
+      return 0x1p-123;
+    case DType::kFloat16:
+      return 0x1p-9;
+  }
+  return 1;
+}
 
 }  // namespace effkern

@@ -64,6 +64,13 @@ void norm_softmax_backward(const NormSoftmaxBackward& args, ParallelFor parallel
              [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end); });
 }
 
+void norm_softmax_cross_entropy(const NormSoftmaxCrossEntropyTask& task, ParallelFor parallel_for) {
+  const Kernels& kernels = chosen_kernels();
+  in_threads(parallel_for, task.rows, grain_of_rows(task.classes), [&](int64_t begin, int64_t end) {
+    kernels.norm_softmax_cross_entropy(task, begin, end);
+  });
+}
+
 void norm_attention_forward(const NormAttentionForward& args, ParallelFor parallel_for) {
   const NormAttentionKernels& kernels = chosen_kernels().norm_attention;
   in_threads(parallel_for, args.batch * args.key_heads, 1,

@@ -46,6 +46,7 @@ void norm_backward(const NormBackward& args, void* partial, ParallelFor parallel
 
 void norm_softmax_forward(const NormSoftmaxForward& args, ParallelFor parallel_for);
 void norm_softmax_backward(const NormSoftmaxBackward& args, ParallelFor parallel_for);
+void norm_softmax_cross_entropy(const NormSoftmaxCrossEntropyTask& task, ParallelFor parallel_for);
 
 // A thread does whole heads of keys, with all heads of queries that go with them.
 void norm_attention_forward(const NormAttentionForward& args, ParallelFor parallel_for);

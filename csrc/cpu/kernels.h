@@ -1,6 +1,7 @@
 // The kernels of one instruction set, and the choice among the sets this library was built with.
 #pragma once
 
+#include "common/cross_entropy.h"
 #include "common/dtype.h"
 #include "common/multi_tensor.h"
 #include "common/norm.h"
@@ -55,6 +56,8 @@ struct Kernels {
   const char* isa;
   NormKernels norms[kNorms];  // by Norm
   NormSoftmaxKernels norm_softmax;
+  void (*norm_softmax_cross_entropy)(const NormSoftmaxCrossEntropyTask&, int64_t begin,
+                                     int64_t end);
   NormAttentionKernels norm_attention;
   // One step of a rule. Elements are counted through all tensors, in the table's order.
 #define EFFKERN_MEMBER_OF(Rule, name) \

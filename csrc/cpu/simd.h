@@ -72,18 +72,40 @@ EFFKERN_INLINE To bit_cast(From from) {
   return to;
 }
 
+// ---- 16 bits to 32 and back, where the compiler's own conversions go through one register for
+// each element; the upper 16 bits of what is narrowed are zero ----
+
+#if defined(__AVX512F__)
+EFFKERN_INLINE Words widened(Halves bits) {
+  return bit_cast<Words>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(bits)));
+}
+EFFKERN_INLINE Halves narrowed(Words x) {
+  return bit_cast<Halves>(_mm512_maskz_cvtepi32_epi16(0xffff, bit_cast<__m512i>(x)));
+}
+#elif defined(__AVX2__)
+EFFKERN_INLINE Words widened(Halves bits) {
+  return bit_cast<Words>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(bits)));
+}
+EFFKERN_INLINE Halves narrowed(Words x) {
+  const __m256i v = bit_cast<__m256i>(x);
+  return bit_cast<Halves>(
+      _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+}
+#else
+EFFKERN_INLINE Words widened(Halves bits) { return __builtin_convertvector(bits, Words); }
+EFFKERN_INLINE Halves narrowed(Words x) { return __builtin_convertvector(x, Halves); }
+#endif
+
 // ---- bfloat16 and float16, a vector of bits at a time ----
 
-EFFKERN_INLINE Floats from_bfloat16(Halves bits) {
-  return bit_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
-}
+EFFKERN_INLINE Floats from_bfloat16(Halves bits) { return bit_cast<Floats>(widened(bits) << 16); }
 
 // Rounds to nearest even; a NaN stays a NaN.
 EFFKERN_INLINE Halves to_bfloat16(Floats x) {
   const Words bits = bit_cast<Words>(x);
   const Words rounded = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;
   const Words is_nan = bit_cast<Words>(x != x);
-  return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), Halves);
+  return narrowed((rounded & ~is_nan) | (is_nan & 0x7fc0u));
 }
 
 #if defined(__AVX512F__)
@@ -104,7 +126,7 @@ EFFKERN_INLINE Halves to_float16(Floats x) {
 #else
 // Shifted into float32's place, a float16 is 2^-112 of its value, subnormals included.
 EFFKERN_INLINE Floats from_float16(Halves bits) {
-  const Words word = __builtin_convertvector(bits, Words);
+  const Words word = widened(bits);
   const Words magnitude = word & 0x7fffu;
   const Words finite = bit_cast<Words>(bit_cast<Floats>(magnitude << 13) * 0x1p112f);
   const Words special = bit_cast<Words>(magnitude >= 0x7c00u);
@@ -123,8 +145,7 @@ EFFKERN_INLINE Halves to_float16(Floats x) {
   const Words bits = bit_cast<Words>(rounded);
   const Words value = ((bits >> 13) & 0x7c00u) + (bits & 0x0fffu);
   const Words is_nan = bit_cast<Words>(twice > 0xff000000u);
-  return __builtin_convertvector(
-      ((word & 0x80000000u) >> 16) | (value & ~is_nan) | (is_nan & 0x7e00u), Halves);
+  return narrowed(((word & 0x80000000u) >> 16) | (value & ~is_nan) | (is_nan & 0x7e00u));
 }
 #endif
 
@@ -229,10 +250,10 @@ EFFKERN_INLINE void store_codes(void* p, const Ints (&v)[4]) {
 // The value that comes back from storage type T.
 template <class T>
 EFFKERN_INLINE Vec<T> rounded_to(Vec<T> v) {
-  if constexpr (sizeof(T) == 2) {
-    T stored[kLanes<T>];
-    store(stored, v);
-    return load(stored);
+  if constexpr (__is_same(T, BFloat16)) {
+    return from_bfloat16(to_bfloat16(v));
+  } else if constexpr (__is_same(T, Float16)) {
+    return from_float16(to_float16(v));
   } else {
     return v;
   }

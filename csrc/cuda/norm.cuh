@@ -34,6 +34,18 @@ struct Parameters {
       for (int v = 0; v < V; ++v) values[v] += widen(pack.value[v]);
     });
   }
+  // From y to xhat.
+  __device__ __forceinline__ void undo(Acc<T> (&values)[V], int64_t feature,
+                                       NormBounds<Acc<T>> bounds) const {
+    Acc<T> biases[V] = {};
+    shift(biases, feature);
+    with(weight, feature, [&](const auto& pack) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        values[v] = xhat_of(values[v], widen(pack.value[v]), biases[v], bounds);
+      }
+    });
+  }
 
  private:
   template <class Body>

@@ -2,12 +2,12 @@
 // rows. N is a formula of math/*_norm.h.
 //
 // Bytes: grad, x and grad_total are read once, grad_x written once. From cache, the statistics are
-// read by each thread of their row and the weight for each row. Rows of more than 8,192 features
-// (4,096 in float64, and but for RMSNorm where no 16-byte access is allowed) do not fit in the
-// registers of a block: grad, x and the statistics are read a second time, and a number or two a
-// row go from the first pass to the second. The parameters' gradients add a write and a read of
-// `features` numbers for each of at most kMostShares shares, which are then summed in their order.
-// Shares depend on the shape and on alignment alone.
+// read by each thread of their row and the weight for each row, and the bias too where x is y. Rows
+// of more than 8,192 features (4,096 in float64; half of that where no 16-byte access is allowed)
+// do not fit in the registers of a block: grad, x and the statistics are read a second time, and a
+// number or two a row go from the first pass to the second. The parameters' gradients add a write
+// and a read of `features` numbers for each of at most kMostShares shares, which are then summed in
+// their order. Shares depend on the shape and on alignment alone.
 //
 // Occupancy: 512 threads a multiprocessor where rows are held, so at most 128 registers a thread;
 // 1,024 threads elsewhere, at most 64 registers.
@@ -22,9 +22,9 @@ constexpr int kMostHeldLanes = 512;
 constexpr int kTileThreads = 256;
 
 // How many packs of V elements a thread holds of grad and of x. Elements one by one take more
-// registers, and so do the numbers and sums of the formulas that keep two.
-template <class N, class T, int V>
-constexpr int kHeldBackward = (sizeof(T) == 8 || (N::kNumbers == 2 && V == 1) ? 8 : 16) / V;
+// registers.
+template <class T, int V>
+constexpr int kHeldBackward = (sizeof(T) == 8 ? 8 : 16) / (V == 1 ? 2 : V);
 
 // The task with types, as kernel arguments.
 template <class T, int V>
@@ -40,6 +40,8 @@ struct Backward {
   Parameters<T, V> parameters;
   RowLayout grad_rows, grad_total_rows, x_rows;
   int64_t rows, features;
+  bool x_is_y;
+  NormBounds<Acc<T>> bounds;
 
   explicit Backward(const NormBackward& task)
       : grad(static_cast<const T*>(task.grad)),
@@ -50,18 +52,33 @@ struct Backward {
         partial(nullptr),
         sums(task.sums()),
         projections(nullptr),
-        parameters{task.weight, nullptr, task.weight_dtype == task.dtype},
+        parameters{task.weight, task.bias, task.weight_dtype == task.dtype},
         grad_rows(task.grad_rows),
         grad_total_rows(task.grad_total_rows),
         x_rows(task.x_rows),
         rows(task.rows),
-        features(task.features) {}
+        features(task.features),
+        x_is_y(task.x_is_y),
+        bounds{static_cast<Acc<T>>(least_beside_bias(task.dtype)),
+               static_cast<Acc<T>>(least_weight(task.dtype))} {}
 };
 
 template <class T, int V>
 __device__ __forceinline__ void widen_pack(const Pack<T, V>& pack, Acc<T> (&values)[V]) {
 #pragma unroll
   for (int v = 0; v < V; ++v) values[v] = widen(pack.value[v]);
+}
+
+// What was normalised at `feature`, from what the task has for it.
+template <class N, class T, int V>
+__device__ __forceinline__ void restore(const Backward<T, V>& p, Pack<T, V>& x, int64_t feature,
+                                        NormRow<Acc<T>> kept) {
+  if (!p.x_is_y) return;
+  Acc<T> values[V];
+  widen_pack(x, values);
+  p.parameters.undo(values, feature, p.bounds);
+#pragma unroll
+  for (int v = 0; v < V; ++v) x.value[v] = narrow<T>(N::restored(values[v], kept));
 }
 
 // grad_x of V features from g = weight * grad, with grad_total (null: none) added.
@@ -118,7 +135,7 @@ __device__ __forceinline__ void share_sums(const S (&values)[kPacks][V], int lan
 // Rows in the registers of their groups. Each block takes every gridDim.x-th set of rows.
 template <class N, class T, int V>
 __global__ void __launch_bounds__(kMostHeldLanes) backward_held(Backward<T, V> p, int lanes) {
-  constexpr int kPacks = kHeldBackward<N, T, V>;
+  constexpr int kPacks = kHeldBackward<T, V>;
   using S = Acc<T>;
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   const int group = static_cast<int>(threadIdx.x) / lanes;
@@ -148,10 +165,11 @@ __global__ void __launch_bounds__(kMostHeldLanes) backward_held(Backward<T, V> p
     NormSums<S> sums{};
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
+      if (k * lanes < left) restore<N>(p, x[k], (lane + k * lanes) * V, kept);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         weight_sums[k][v] += g[k][v] * N::normalised(widen(x[k].value[v]), kept);
-        if constexpr (N::kHasBias) bias_sums[k][v] += g[k][v];
+        bias_sums[k][v] += g[k][v];
       }
       if (k * lanes < left) p.parameters.scale(g[k], (lane + k * lanes) * V);
 #pragma unroll
@@ -178,16 +196,14 @@ __global__ void __launch_bounds__(kMostHeldLanes) backward_held(Backward<T, V> p
   S* const sums = scratch + 2 * kSums * blockDim.x / kWarp;
   S* const share = p.partial + blockIdx.x * p.sums * p.features;
   share_sums(weight_sums, lanes, packs, sums, share);
-  if constexpr (N::kHasBias) {
-    if (p.sums < 2) return;
-    __syncthreads();
-    share_sums(bias_sums, lanes, packs, sums, share + p.features);
-  }
+  if (p.sums < 2) return;
+  __syncthreads();
+  share_sums(bias_sums, lanes, packs, sums, share + p.features);
 }
 
 // Long rows, first pass: a block for each row's projection.
 template <class N, class T, int V>
-__global__ void __launch_bounds__(kMostLanes) project(Backward<T, V> p) {
+__global__ void __launch_bounds__(kMostLanes, 1) project(Backward<T, V> p) {
   const int64_t row = block_index();
   if (row >= p.rows) return;
   const T* const x_row = p.x + row_offset(p.x_rows, row);
@@ -197,9 +213,11 @@ __global__ void __launch_bounds__(kMostLanes) project(Backward<T, V> p) {
   constexpr int kAtOnce = N::kNumbers == 1 ? 2 : 1;  // as many packs as registers hold
 #pragma unroll kAtOnce
   for (int64_t i = threadIdx.x; i < p.features / V; i += kMostLanes) {
-    const Pack<T, V> x = load<V>(x_row + i * V);
+    Pack<T, V> x = load<V>(x_row + i * V);
+    const Pack<T, V> grad = load<V>(grad_row + i * V);
+    restore<N>(p, x, i * V, kept);
     Acc<T> g[V];
-    widen_pack(load<V>(grad_row + i * V), g);
+    widen_pack(grad, g);
     p.parameters.scale(g, i * V);
 #pragma unroll
     for (int v = 0; v < V; ++v) N::add_backward(sums, g[v], widen(x.value[v]), kept);
@@ -220,14 +238,16 @@ __global__ void __launch_bounds__(kTileThreads, 4) apply(Backward<T, V> p) {
   S weight_sums[V] = {};
   S bias_sums[V] = {};
   for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
-    const Pack<T, V> x = load<V>(p.x + row_offset(p.x_rows, row) + feature);
-    S g[V];
-    widen_pack(load<V>(p.grad + row_offset(p.grad_rows, row) + feature), g);
+    Pack<T, V> x = load<V>(p.x + row_offset(p.x_rows, row) + feature);
+    const Pack<T, V> grad = load<V>(p.grad + row_offset(p.grad_rows, row) + feature);
     const NormRow<S> kept = load_kept<N>(p.statistics, p.rows, row);
+    restore<N>(p, x, feature, kept);
+    S g[V];
+    widen_pack(grad, g);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       weight_sums[v] += g[v] * N::normalised(widen(x.value[v]), kept);
-      if constexpr (N::kHasBias) bias_sums[v] += g[v];
+      bias_sums[v] += g[v];
     }
     if (p.grad_x == nullptr) continue;
     p.parameters.scale(g, feature);
@@ -242,11 +262,9 @@ __global__ void __launch_bounds__(kTileThreads, 4) apply(Backward<T, V> p) {
   S* const share = p.partial + blockIdx.y * p.sums * p.features + feature;
 #pragma unroll
   for (int v = 0; v < V; ++v) store(share + v, weight_sums[v]);
-  if constexpr (N::kHasBias) {
-    if (p.sums < 2) return;
+  if (p.sums < 2) return;
 #pragma unroll
-    for (int v = 0; v < V; ++v) store(share + p.features + v, bias_sums[v]);
-  }
+  for (int v = 0; v < V; ++v) store(share + p.features + v, bias_sums[v]);
 }
 
 // How a task is cut: by shape, type and alignment alone.
@@ -264,9 +282,9 @@ template <class N, class T, int V>
 Cut cut(const NormBackward& task) {
   const int64_t packs = task.features / V;
   Cut result{};
-  result.held = packs <= kMostHeldLanes * kHeldBackward<N, T, V>;
+  result.held = packs <= kMostHeldLanes * kHeldBackward<T, V>;
   if (result.held) {
-    result.groups = row_groups(packs, kHeldBackward<N, T, V>, 256);
+    result.groups = row_groups(packs, kHeldBackward<T, V>, 256);
     const int64_t sets = ceil_div(task.rows, result.groups.groups);
     result.shares = task.sums() > 0 ? std::min(ceil_div(sets, kFewestRows), kMostShares)
                                     : std::min(sets, kMostBlocks);
@@ -308,7 +326,7 @@ bool takes_packs(const NormBackward& task) {
   return task.features % kV == 0 && is_aligned(task.grad, task.grad_rows, kV) &&
          is_aligned(task.x, task.x_rows, kV) &&
          (task.grad_total == nullptr || is_aligned(task.grad_total, task.grad_total_rows, kV)) &&
-         is_aligned(task.weight) && is_aligned(task.grad_x);
+         is_aligned(task.weight) && is_aligned(task.bias) && is_aligned(task.grad_x);
 }
 
 // Calls body(Type<T>{}, std::integral_constant<int, V>{}) with the type and the pack that serve the

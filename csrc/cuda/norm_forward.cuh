@@ -78,7 +78,7 @@ __device__ __forceinline__ Pack<T, V> normalise(const Pack<T, V>& pack, NormRow<
 #pragma unroll
   for (int v = 0; v < V; ++v) values[v] = N::normalised(widen(pack.value[v]), kept);
   parameters.scale(values, feature);
-  if constexpr (N::kHasBias) parameters.shift(values, feature);
+  parameters.shift(values, feature);
   Pack<T, V> result;
 #pragma unroll
   for (int v = 0; v < V; ++v) result.value[v] = narrow<T>(values[v]);

@@ -2,7 +2,7 @@
 // row come from memory with their masks, and what is found of a row that its threads hold.
 #pragma once
 
-#include <limits>
+#include <cmath>
 
 #include "common/norm_softmax.h"
 #include "cuda/launch.cuh"
@@ -12,7 +12,7 @@
 
 namespace effkern::cuda {
 
-constexpr int kLongThreads = 1024;  // that share a row which is not held
+constexpr int kLongThreads = 1024;  // the most that share a row which is not held
 
 // A tensor's rows. Packs of V > 1 elements are of dense, aligned rows; single elements may have any
 // stride.
@@ -161,7 +161,7 @@ __device__ __forceinline__ RowFound<Acc<T>> find(HeldRow<Acc<T>, V, kPacks>& hel
                                                  bool adds, Acc<T>* scratch, const Bias& bias) {
   using S = Acc<T>;
   const int warps = static_cast<int>(blockDim.x) / kWarp;
-  constexpr S kLowest = -std::numeric_limits<S>::infinity();
+  const S lowest = S(-INFINITY);
   const auto larger_of = [](S a, S b) { return larger(a, b); };
   RowFound<S> row;
 
@@ -195,7 +195,7 @@ __device__ __forceinline__ RowFound<Acc<T>> find(HeldRow<Acc<T>, V, kPacks>& hel
   row.divisor = softmax_divisor(row.squares, row.count, p.tau(), p.eps);
   row.inverse = S(1) / row.divisor.value;
 
-  S largest[1] = {kLowest};
+  S largest[1] = {lowest};
 #pragma unroll
   for (int k = 0; k < kPacks; ++k) {
 #pragma unroll
@@ -206,7 +206,7 @@ __device__ __forceinline__ RowFound<Acc<T>> find(HeldRow<Acc<T>, V, kPacks>& hel
       if (held.sees(k, v)) largest[0] = larger(largest[0], number);
     }
   }
-  combine_over_group(largest, lanes, scratch, kLowest, larger_of);
+  combine_over_group(largest, lanes, scratch, lowest, larger_of);
   row.origin = adds ? S(0) : largest[0];
   row.top = adds ? largest[0] : S(0);
   return row;
@@ -261,18 +261,18 @@ __device__ __forceinline__ RowFound<Acc<T>> find_long(const SoftmaxArguments<T, 
   const T* const x = p.x.row(row);
   Moments<S> mine{};
 #pragma unroll 2
-  for (int64_t i = threadIdx.x; i < p.features / V; i += kLongThreads) {
+  for (int64_t i = threadIdx.x; i < p.features / V; i += blockDim.x) {
     mine.add(moments_of(load<V>(x + p.x.place(i)), p.mask.at(row, i).visible));
   }
   RowFound<S> found{};
   S sums[2] = {mine.count, mine.count * mine.mean};
   if (mine.count == 0) sums[1] = 0;
-  sum_over_group(sums, kLongThreads, scratch);
+  sum_over_group(sums, static_cast<int>(blockDim.x), scratch);
   found.count = sums[0];
   found.mean = sums[1] / sums[0];
   const S distance = mine.count == 0 ? S(0) : mine.mean - found.mean;
   S about[2] = {mine.squares + mine.count * distance * distance, mine.count * distance};
-  sum_over_group(about, kLongThreads, scratch + 2 * kLongThreads / kWarp);
+  sum_over_group(about, static_cast<int>(blockDim.x), scratch + 2 * blockDim.x / kWarp);
   const S shift = about[1] / found.count;
   found.mean += shift;
   found.squares = larger(about[0] - about[1] * shift, S(0));
@@ -282,15 +282,13 @@ __device__ __forceinline__ RowFound<Acc<T>> find_long(const SoftmaxArguments<T, 
 }
 
 // The largest of some logits, and sums over their exponentials less it.
-template <class S, int kSums>
+template <class S, class Sums>
 struct LongSums {
-  S top = -std::numeric_limits<S>::infinity();
-  S sums[kSums] = {};
+  S top = S(-INFINITY);
+  Sums sums = {};
 
   __device__ __forceinline__ void raise_to(S new_top) {
-    const S factor = new_top == top ? S(1) : exponential(top - new_top);
-#pragma unroll
-    for (int n = 0; n < kSums; ++n) sums[n] *= factor;
+    sums.scale(new_top == top ? S(1) : exponential(top - new_top));
     top = new_top;
   }
 };
@@ -302,8 +300,8 @@ __device__ __forceinline__ Acc<T> logit_of(const RowFound<Acc<T>>& row, const Pa
 }
 
 // Adds the visible elements of a pack: add(sums, v, exponential).
-template <class T, int V, int kSums, class Add>
-__device__ __forceinline__ void add_pack(LongSums<Acc<T>, kSums>& all, const RowFound<Acc<T>>& row,
+template <class T, int V, class Sums, class Add>
+__device__ __forceinline__ void add_pack(LongSums<Acc<T>, Sums>& all, const RowFound<Acc<T>>& row,
                                          const Pack<T, V>& x, const PackMask<Acc<T>, V>& mask,
                                          const Add& add) {
   Acc<T> z[V], top = all.top;
@@ -319,14 +317,13 @@ __device__ __forceinline__ void add_pack(LongSums<Acc<T>, kSums>& all, const Row
   }
 }
 
-// The same in all threads of the block; `scratch` has kSums + 1 numbers for each warp.
-template <class S, int kSums>
-__device__ __forceinline__ void combine_over_block(LongSums<S, kSums>& mine, S* scratch) {
+// Raises the sums of all threads of a block to one top; `scratch` has a number for each warp.
+template <class S, class Sums>
+__device__ __forceinline__ void raise_together(LongSums<S, Sums>& mine, S* scratch) {
   S top[1] = {mine.top};
-  combine_over_group(top, kLongThreads, scratch, LongSums<S, kSums>().top,
+  combine_over_group(top, static_cast<int>(blockDim.x), scratch, LongSums<S, Sums>().top,
                      [](S a, S b) { return larger(a, b); });
   mine.raise_to(top[0]);
-  sum_over_group(mine.sums, kLongThreads, scratch + kLongThreads / kWarp);
 }
 
 // ---- the host's side ----
@@ -349,14 +346,14 @@ SoftmaxArguments<T, V> softmax_arguments(const NormSoftmaxTask& task) {
                             : task.mask_kind == MaskKind::kAccumulated ? sizeof(S)
                                                                        : sizeof(T);
   const bool mask_in_packs = in_packs<V>(task.mask, task.mask_rows, task.features, mask_size);
-  return {{static_cast<const T*>(task.x), task.x_rows},
-          {task.mask, task.mask_kind, mask_in_packs, static_cast<S>(task.mask_hidden),
-           task.mask_rows},
-          static_cast<const S*>(task.tau),
-          static_cast<S>(task.tau_value),
-          static_cast<S>(task.eps),
-          task.rows,
-          task.features};
+  return {
+      {static_cast<const T*>(task.x), task.x_rows},
+      {task.mask, task.mask_kind, mask_in_packs, static_cast<S>(task.mask_hidden), task.mask_rows},
+      static_cast<const S*>(task.tau),
+      static_cast<S>(task.tau_value),
+      static_cast<S>(task.eps),
+      task.rows,
+      task.features};
 }
 
 // Neighbouring rows of strided elements share cache lines: a block then takes more of them.

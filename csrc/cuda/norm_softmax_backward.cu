@@ -14,8 +14,7 @@ namespace effkern::cuda {
 namespace {
 
 constexpr int kMostHeldLanes = 512;
-constexpr int kSums = 4;  // e, e g, e c and e g c
-constexpr int kBackwardScratch = kFindScratch + kSums;
+constexpr int kBackwardScratch = kFindScratch + 3;
 
 template <class T, int V>
 struct Gradients {
@@ -24,20 +23,21 @@ struct Gradients {
   Acc<T>* grad_tau;           // null: not wanted
 };
 
-template <class S>
-__device__ __forceinline__ void add_terms(S (&sums)[kSums], S e, S g, S c) {
-  SoftmaxSums<S> all{sums[0], sums[1], sums[2], sums[3]};
-  all.add(e, g, c);
-  sums[0] = all.e, sums[1] = all.eg, sums[2] = all.ec, sums[3] = all.egc;
-}
-
-// From the sums over a row; of a row without a visible entry, zeros.
-template <class S>
-__device__ __forceinline__ SoftmaxGradient<S> gradient_of(const S (&sums)[kSums],
-                                                          const RowFound<S>& row, S tau) {
-  if (row.count == 0) return {};
-  return softmax_gradient(SoftmaxSums<S>{sums[0], sums[1], sums[2], sums[3]}, row.squares,
-                          row.divisor, tau);
+// What of a row's gradient comes from `along`, sum(dz c); stores tau's share.
+template <class T, int V>
+__device__ __forceinline__ SoftmaxGradient<Acc<T>> finish(const SoftmaxArguments<T, V>& p,
+                                                          const Gradients<T, V>& gradients,
+                                                          const RowFound<Acc<T>>& found,
+                                                          SoftmaxGradient<Acc<T>> gradient,
+                                                          Acc<T> along, int64_t row,
+                                                          bool stores_tau) {
+  const bool some = found.count > 0;
+  if (stores_tau && gradients.grad_tau != nullptr) {
+    const Acc<T> share = softmax_grad_tau(along, p.tau(), found.divisor);
+    store(gradients.grad_tau + row, some ? share : Acc<T>(0));
+  }
+  gradient.on_c = some ? softmax_on_c(along, found.squares, found.divisor) : Acc<T>(0);
+  return gradient;
 }
 
 // A row in the registers of its group.
@@ -56,31 +56,40 @@ __global__ void __launch_bounds__(kMostHeldLanes)
   const T* const grad = gradients.grad.row(left > 0 ? row : 0);
 #pragma unroll
   for (int k = 0; k < kPacks; ++k) {
-    const Pack<T, V> pack = k * lanes < left
-                                ? load<V>(grad + gradients.grad.place(lane + k * lanes))
-                                : Pack<T, V>{};
+    const Pack<T, V> pack =
+        k * lanes < left ? load<V>(grad + gradients.grad.place(lane + k * lanes)) : Pack<T, V>{};
 #pragma unroll
     for (int v = 0; v < V; ++v) g[k][v] = held.sees(k, v) ? widen(pack.value[v]) : S(0);
   }
   S* const scratch = shared_memory<S>();
-  const RowFound<S> found = find(held, p, lanes, p.mask.adds(), scratch,
-                                 [&](int k, int v) { return e[k][v]; });
-  S sums[kSums] = {};
+  const RowFound<S> found =
+      find(held, p, lanes, p.mask.adds(), scratch, [&](int k, int v) { return e[k][v]; });
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  S sums[2] = {};
 #pragma unroll
   for (int k = 0; k < kPacks; ++k) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const S exponential = exponential_of(found, held.x[k][v], e[k][v]);
-      e[k][v] = held.sees(k, v) ? exponential : S(0);
-      add_terms(sums, e[k][v], g[k][v], held.x[k][v]);
+      const S value = exponential_of(found, held.x[k][v], e[k][v]);
+      e[k][v] = held.sees(k, v) ? value : S(0);
+      sums[0] += e[k][v];
+      sums[1] += e[k][v] * g[k][v];
     }
   }
-  sum_over_group(sums, lanes, scratch + kFindScratch * (blockDim.x / kWarp));
-  if (left <= 0) return;
-  const SoftmaxGradient<S> gradient = gradient_of(sums, found, p.tau());
-  if (gradients.grad_tau != nullptr && lane == 0) {
-    store(gradients.grad_tau + row, gradient.grad_tau);
+  sum_over_group(sums, lanes, scratch + kFindScratch * warps);
+  const S factor = found.count > 0 ? S(1) / sums[0] : S(0);
+  SoftmaxGradient<S> gradient{factor, sums[1] * factor, found.inverse, S(0)};
+  S along = 0;
+#pragma unroll
+  for (int k = 0; k < kPacks; ++k) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      along += softmax_grad_logit(e[k][v], g[k][v], gradient) * held.x[k][v];
+    }
   }
+  along = sum_over_group(along, lanes, scratch + (kFindScratch + 2) * warps);
+  if (left <= 0) return;
+  gradient = finish(p, gradients, found, gradient, along, row, lane == 0);
   if (gradients.grad_x.data == nullptr) return;
   T* const out = gradients.grad_x.row(row);
 #pragma unroll
@@ -89,11 +98,44 @@ __global__ void __launch_bounds__(kMostHeldLanes)
     Pack<T, V> pack;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      pack.value[v] = narrow<T>(softmax_grad_x(e[k][v], g[k][v], held.x[k][v], gradient));
+      const S dz = softmax_grad_logit(e[k][v], g[k][v], gradient);
+      pack.value[v] = narrow<T>(softmax_grad_x(dz, held.x[k][v], gradient));
     }
     store(out + gradients.grad_x.place(lane + k * lanes), pack);
   }
 }
+
+// Of numbers with weights: their sum, the means of two numbers each, and the sum of weight times
+// the product of their deviations. Kept so, and not as sums of products, it loses nothing where one
+// weight is far above the others, as those of a sharp distribution are.
+template <class S>
+struct Covariance {
+  S weight, mean_g, mean_c, products;
+
+  __device__ __forceinline__ void scale(S factor) {
+    weight *= factor;
+    products *= factor;
+  }
+  __device__ __forceinline__ void add(S e, S g, S c) {
+    const S both = weight + e, of_g = g - mean_g, of_c = c - mean_c;
+    const S part = both > 0 ? e / both : S(0);
+    mean_g += of_g * part;
+    mean_c += of_c * part;
+    products += of_g * of_c * (weight * part);
+    weight = both;
+  }
+  // The same over all threads of a block; `scratch` has four numbers for each warp.
+  __device__ __forceinline__ void combine(S* scratch) {
+    S sums[3] = {weight, weight * mean_g, weight * mean_c};
+    sum_over_group(sums, kLongThreads, scratch);
+    const S all_g = sums[1] / sums[0], all_c = sums[2] / sums[0];
+    const S mine = products + weight * (mean_g - all_g) * (mean_c - all_c);
+    products = sum_over_group(mine, kLongThreads, scratch + 3 * kLongThreads / kWarp);
+    weight = sums[0], mean_g = all_g, mean_c = all_c;
+  }
+};
+
+constexpr int kLongScratch = kLongFindScratch + 5;
 
 // A row too long for registers, read three times by its block.
 template <class T, int V>
@@ -102,26 +144,28 @@ __global__ void __launch_bounds__(kLongThreads)
   using S = Acc<T>;
   const int64_t row = block_index();
   if (row >= p.rows) return;
+  constexpr int kWarps = kLongThreads / kWarp;
   S* const scratch = shared_memory<S>();
   const int64_t packs = p.features / V;
   const RowFound<S> found = find_long(p, row, scratch);
   const T* const x = p.x.row(row);
   const T* const grad = gradients.grad.row(row);
 
-  LongSums<S, kSums> all;
+  LongSums<S, Covariance<S>> all;
 #pragma unroll 1
   for (int64_t i = threadIdx.x; i < packs; i += kLongThreads) {
     const Pack<T, V> pack = load<V>(x + p.x.place(i));
     const Pack<T, V> g = load<V>(grad + gradients.grad.place(i));
-    add_pack(all, found, pack, p.mask.at(row, i), [&](S(&sums)[kSums], int v, S e) {
-      add_terms(sums, e, widen(g.value[v]), widen(pack.value[v]) - found.mean);
+    add_pack(all, found, pack, p.mask.at(row, i), [&](Covariance<S>& sums, int v, S e) {
+      sums.add(e, widen(g.value[v]), widen(pack.value[v]) - found.mean);
     });
   }
-  combine_over_block(all, scratch + kLongFindScratch * kLongThreads / kWarp);
-  const SoftmaxGradient<S> gradient = gradient_of(all.sums, found, p.tau());
-  if (gradients.grad_tau != nullptr && threadIdx.x == 0) {
-    store(gradients.grad_tau + row, gradient.grad_tau);
-  }
+  raise_together(all, scratch + kLongFindScratch * kWarps);
+  all.sums.combine(scratch + (kLongFindScratch + 1) * kWarps);
+  const S factor = S(1) / all.sums.weight;
+  const SoftmaxGradient<S> gradient =
+      finish(p, gradients, found, {factor, all.sums.mean_g, found.inverse, S(0)},
+             all.sums.products * factor, row, threadIdx.x == 0);
   if (gradients.grad_x.data == nullptr) return;
   T* const out = gradients.grad_x.row(row);
 #pragma unroll 1
@@ -133,8 +177,8 @@ __global__ void __launch_bounds__(kLongThreads)
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const S e = exponential(logit_of(found, pack, mask, v) - all.top);
-      const S dx =
-          softmax_grad_x(e, widen(g.value[v]), widen(pack.value[v]) - found.mean, gradient);
+      const S dz = softmax_grad_logit(e, widen(g.value[v]), gradient);
+      const S dx = softmax_grad_x(dz, widen(pack.value[v]) - found.mean, gradient);
       result.value[v] = narrow<T>(mask.visible >> v & 1 ? dx : S(0));
     }
     store(out + gradients.grad_x.place(i), result);
@@ -149,8 +193,8 @@ void launch_backward(const NormSoftmaxBackward& task, cudaStream_t stream) {
                                   static_cast<Acc<T>*>(task.grad_tau)};
   const int64_t packs = task.features / V;
   if (packs > kMostHeldLanes * kHeldPacks<T, V>) {
-    constexpr int kScratch = (kLongFindScratch + 1 + kSums) * kLongThreads / kWarp;
-    launch(softmax_backward_long<T, V>, grid(task.rows), kLongThreads, kScratch * sizeof(Acc<T>),
+    constexpr int kNumbers = kLongScratch * kLongThreads / kWarp;
+    launch(softmax_backward_long<T, V>, grid(task.rows), kLongThreads, kNumbers * sizeof(Acc<T>),
            stream, arguments, gradients);
     return;
   }

@@ -65,6 +65,12 @@ __global__ void __launch_bounds__(kMostHeldLanes<kAdds>)
   }
 }
 
+template <class S>
+struct ExponentialSum {
+  S value;
+  __device__ __forceinline__ void scale(S factor) { value *= factor; }
+};
+
 // A row too long for registers, read three times by its block.
 template <class T, int V>
 __global__ void __launch_bounds__(kLongThreads)
@@ -77,14 +83,15 @@ __global__ void __launch_bounds__(kLongThreads)
   const RowFound<S> found = find_long(p, row, scratch);
   const T* const x = p.x.row(row);
 
-  LongSums<S, 1> all;
+  LongSums<S, ExponentialSum<S>> all;
 #pragma unroll 1
   for (int64_t i = threadIdx.x; i < packs; i += kLongThreads) {
     add_pack(all, found, load<V>(x + p.x.place(i)), p.mask.at(row, i),
-             [](S(&sums)[1], int, S e) { sums[0] += e; });
+             [](ExponentialSum<S>& sum, int, S e) { sum.value += e; });
   }
-  combine_over_block(all, scratch + kLongFindScratch * kLongThreads / kWarp);
-  const S factor = S(1) / all.sums[0];
+  raise_together(all, scratch + kLongFindScratch * kLongThreads / kWarp);
+  const S factor = S(1) / sum_over_group(all.sums.value, kLongThreads,
+                                         scratch + (kLongFindScratch + 1) * kLongThreads / kWarp);
   T* const out = y.row(row);
 #pragma unroll 1
   for (int64_t i = threadIdx.x; i < packs; i += kLongThreads) {

@@ -10,7 +10,7 @@ namespace effkern {
 
 struct CrmsNorm {
   static constexpr int kNumbers = 2, kForwardSums = 2, kBackwardSums = 1;
-  static constexpr bool kHasOrigin = false, kHasBias = false;
+  static constexpr bool kHasOrigin = false;
 
   template <class V, class S>
   EFFKERN_INLINE void add_forward(NormSums<V>& sums, V x, S /*origin*/) {
@@ -25,6 +25,10 @@ struct CrmsNorm {
   template <class V, class S>
   EFFKERN_INLINE V normalised(V x, NormRow<S> row) {
     return x * row.rstd;
+  }
+  template <class V, class S>
+  EFFKERN_INLINE V restored(V xhat, NormRow<S> row) {
+    return xhat / row.rstd;
   }
   template <class V, class S>
   EFFKERN_INLINE void add_backward(NormSums<V>& sums, V g, V x, NormRow<S> /*row*/) {

@@ -8,7 +8,7 @@ namespace effkern {
 
 struct LayerNorm {
   static constexpr int kNumbers = 2, kForwardSums = 2, kBackwardSums = 2;
-  static constexpr bool kHasOrigin = true, kHasBias = true;
+  static constexpr bool kHasOrigin = true;
 
   template <class V, class S>
   EFFKERN_INLINE void add_forward(NormSums<V>& sums, V x, S origin) {
@@ -39,6 +39,10 @@ struct LayerNorm {
   template <class V, class S>
   EFFKERN_INLINE V normalised(V x, NormRow<S> row) {
     return (x - row.first) * row.rstd;
+  }
+  template <class V, class S>
+  EFFKERN_INLINE V restored(V xhat, NormRow<S> row) {
+    return row.first + xhat / row.rstd;
   }
   template <class V, class S>
   EFFKERN_INLINE void add_backward(NormSums<V>& sums, V g, V x, NormRow<S> row) {

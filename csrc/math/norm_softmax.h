@@ -38,42 +38,34 @@ EFFKERN_INLINE V normalised_logit(V x, S origin, S inverse) {
   return (x - origin) * inverse;
 }
 
-// The sums that a row's gradient needs, with e = p up to a factor.
-template <class V>
-struct SoftmaxSums {
-  V e, eg, ec, egc;
-
-  EFFKERN_MEMBER void add(V exponential, V g, V c) {
-    const V of_g = exponential * g;
-    e += exponential;
-    eg += of_g;
-    ec += exponential * c;
-    egc += of_g * c;
-  }
-};
-
+// What the gradient of a row's elements needs: their parts e of the distribution are p up to a
+// factor.
 template <class S>
 struct SoftmaxGradient {
-  S factor;    // p = e * factor
-  S mean_g;    // sum(p g)
-  S inverse;   // of the divisor
-  S on_c;      // sum(dz c) / sum(c^2), or 0
-  S grad_tau;  // the row's share
+  S factor;   // p = e * factor
+  S mean_g;   // sum(p g)
+  S inverse;  // of the divisor
+  S on_c;     // sum(dz c) / sum(c^2), or 0
 };
 
-template <class S>
-EFFKERN_INLINE SoftmaxGradient<S> softmax_gradient(SoftmaxSums<S> sums, S squares,
-                                                   SoftmaxDivisor<S> divisor, S tau) {
-  const S factor = S(1) / sums.e;
-  const S mean_g = sums.eg * factor;
-  const S along = (sums.egc - mean_g * sums.ec) * factor;
-  return {factor, mean_g, S(1) / divisor.value, divisor.is_sigma ? along / squares : S(0),
-          divisor.is_tau ? -along / (tau * tau) : S(0)};
+template <class V, class S>
+EFFKERN_INLINE V softmax_grad_logit(V e, V g, SoftmaxGradient<S> row) {
+  return e * row.factor * (g - row.mean_g);
+}
+// From dz.
+template <class V, class S>
+EFFKERN_INLINE V softmax_grad_x(V dz, V c, SoftmaxGradient<S> row) {
+  return (dz - c * row.on_c) * row.inverse;
 }
 
-template <class V, class S>
-EFFKERN_INLINE V softmax_grad_x(V e, V g, V c, SoftmaxGradient<S> row) {
-  return (e * row.factor * (g - row.mean_g) - c * row.on_c) * row.inverse;
+// From `along`, which is sum(dz c).
+template <class S>
+EFFKERN_INLINE S softmax_on_c(S along, S squares, SoftmaxDivisor<S> divisor) {
+  return divisor.is_sigma ? along / squares : S(0);
+}
+template <class S>
+EFFKERN_INLINE S softmax_grad_tau(S along, S tau, SoftmaxDivisor<S> divisor) {
+  return divisor.is_tau ? -along / (tau * tau) : S(0);
 }
 
 }  // namespace effkern

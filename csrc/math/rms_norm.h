@@ -8,7 +8,7 @@ namespace effkern {
 
 struct RmsNorm {
   static constexpr int kNumbers = 1, kForwardSums = 1, kBackwardSums = 1;
-  static constexpr bool kHasOrigin = false, kHasBias = false;
+  static constexpr bool kHasOrigin = false;
 
   template <class V, class S>
   EFFKERN_INLINE void add_forward(NormSums<V>& sums, V x, S /*origin*/) {
@@ -21,6 +21,10 @@ struct RmsNorm {
   template <class V, class S>
   EFFKERN_INLINE V normalised(V x, NormRow<S> row) {
     return x * row.rstd;
+  }
+  template <class V, class S>
+  EFFKERN_INLINE V restored(V xhat, NormRow<S> row) {
+    return xhat / row.rstd;
   }
   template <class V, class S>
   EFFKERN_INLINE void add_backward(NormSums<V>& sums, V g, V x, NormRow<S> /*row*/) {

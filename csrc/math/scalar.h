@@ -13,6 +13,9 @@ EFFKERN_INLINE double square_root(double x) { return ::sqrt(x); }
 EFFKERN_INLINE float exponential(float x) { return ::expf(x); }
 EFFKERN_INLINE double exponential(double x) { return ::exp(x); }
 
+EFFKERN_INLINE float logarithm(float x) { return ::logf(x); }
+EFFKERN_INLINE double logarithm(double x) { return ::log(x); }
+
 // The larger of two numbers; a NaN on either side wins, as in torch.maximum.
 EFFKERN_INLINE float larger(float a, float b) { return (b > a || b != b) ? b : a; }
 EFFKERN_INLINE double larger(double a, double b) { return (b > a || b != b) ? b : a; }

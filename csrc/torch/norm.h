@@ -26,6 +26,13 @@ inline Tensor norm_parameter(const Tensor& parameter, const char* name, DType x_
       parameter, accumulation == DType::kFloat64 ? ScalarType::Double : ScalarType::Float));
 }
 
+inline Tensor norm_bias(const Tensor& bias, const OptionalTensor& weight, DType x_dtype,
+                        int64_t features, Device device) {
+  STD_TORCH_CHECK(weight && bias.scalar_type() == weight->scalar_type(),
+                  "bias needs a weight of its dtype beside it");
+  return norm_parameter(bias, "bias", x_dtype, features, device);
+}
+
 // The extents of x as rows x features.
 struct NormExtents {
   int64_t leading = 0;  // how many dimensions the rows have
@@ -92,9 +99,7 @@ inline NormOutputs call_norm_forward(Norm norm, const Tensor& x, const Tensor* r
     p.weight = kernel_weight->const_data_ptr();
   }
   if (bias) {
-    STD_TORCH_CHECK(weight && bias->scalar_type() == weight->scalar_type(),
-                    "bias needs a weight of its dtype beside it");
-    kernel_bias = norm_parameter(*bias, "bias", dtype, p.features, device);
+    kernel_bias = norm_bias(*bias, weight, dtype, p.features, device);
     p.bias = kernel_bias->const_data_ptr();
   }
 
@@ -116,13 +121,13 @@ struct NormGradients {
   Tensor x, weight, bias;  // empty where not wanted
 };
 
-// `run` does the work, also for zero rows: wanted gradients of parameters are then zero. `bias`:
-// whether its gradient is wanted.
+// `run` does the work, also for zero rows: wanted gradients of parameters are then zero.
 inline NormGradients call_norm_backward(Norm norm, const Tensor& grad,
                                         const OptionalTensor& grad_total, const Tensor& x,
                                         const OptionalTensor& weight, const Tensor& statistics,
                                         int64_t dims, bool wants_x, bool wants_weight,
-                                        bool wants_bias, RunNormBackward run) {
+                                        bool wants_bias, bool x_is_y, const OptionalTensor& bias,
+                                        RunNormBackward run) {
   const DType dtype = dtype_of(x, "x");
   const Device device = device_of(x);
   const NormExtents extents(x, dims);
@@ -161,6 +166,12 @@ inline NormGradients call_norm_backward(Norm norm, const Tensor& grad,
     p.weight_dtype = dtype_of(*kernel_weight, "weight");
     p.weight = kernel_weight->const_data_ptr();
   }
+  OptionalTensor kernel_bias;
+  p.x_is_y = x_is_y;
+  if (x_is_y && bias) {
+    kernel_bias = norm_bias(*bias, weight, dtype, p.features, device);
+    p.bias = kernel_bias->const_data_ptr();
+  }
 
   const auto of_parameter = [&](bool wanted) {
     return wanted ? empty(weight->sizes().data(), weight->dim(), p.weight_dtype, device)
@@ -168,7 +179,7 @@ inline NormGradients call_norm_backward(Norm norm, const Tensor& grad,
   };
   NormGradients out{
       wants_x ? empty(x.sizes().data(), x.dim(), dtype, device) : absent(dtype, device),
-      of_parameter(wants_weight), norm == Norm::kLayer ? of_parameter(wants_bias) : Tensor()};
+      of_parameter(wants_weight), of_parameter(wants_bias)};
   p.grad_x = wants_x ? out.x.mutable_data_ptr() : nullptr;
   p.grad_weight = wants_weight ? out.weight.mutable_data_ptr() : nullptr;
   p.grad_bias = wants_bias ? out.bias.mutable_data_ptr() : nullptr;
@@ -182,58 +193,28 @@ inline NormGradients call_norm_backward(Norm norm, const Tensor& grad,
   return out;
 }
 
-// The ops of a norm with a weight alone, where kForward and kBackward do the work on the binding's
-// device.
+// The ops of a norm, where kForward and kBackward do the work on the binding's device.
 template <Norm kNorm, RunNormForward kForward, RunNormBackward kBackward>
 struct NormOps {
   static std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight,
-                                            int64_t dims, double eps) {
-    NormOutputs out =
-        call_norm_forward(kNorm, x, nullptr, weight, std::nullopt, dims, eps, kForward);
-    return {std::move(out.y), std::move(out.statistics)};
-  }
-  static std::tuple<Tensor, Tensor, Tensor> add_forward(const Tensor& x, const Tensor& residual,
-                                                        const OptionalTensor& weight, int64_t dims,
-                                                        double eps) {
-    NormOutputs out =
-        call_norm_forward(kNorm, x, &residual, weight, std::nullopt, dims, eps, kForward);
-    return {std::move(out.y), *std::move(out.total), std::move(out.statistics)};
-  }
-  static std::tuple<Tensor, Tensor> backward(const Tensor& grad, const OptionalTensor& grad_total,
-                                             const Tensor& x, const OptionalTensor& weight,
-                                             const Tensor& statistics, int64_t dims, bool wants_x,
-                                             bool wants_weight) {
-    NormGradients out = call_norm_backward(kNorm, grad, grad_total, x, weight, statistics, dims,
-                                           wants_x, wants_weight, false, kBackward);
-    return {std::move(out.x), std::move(out.weight)};
-  }
-};
-
-// The same with a bias.
-template <RunNormForward kForward, RunNormBackward kBackward>
-struct NormOps<Norm::kLayer, kForward, kBackward> {
-  static std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight,
                                             const OptionalTensor& bias, int64_t dims, double eps) {
-    NormOutputs out =
-        call_norm_forward(Norm::kLayer, x, nullptr, weight, bias, dims, eps, kForward);
+    NormOutputs out = call_norm_forward(kNorm, x, nullptr, weight, bias, dims, eps, kForward);
     return {std::move(out.y), std::move(out.statistics)};
   }
   static std::tuple<Tensor, Tensor, Tensor> add_forward(const Tensor& x, const Tensor& residual,
                                                         const OptionalTensor& weight,
                                                         const OptionalTensor& bias, int64_t dims,
                                                         double eps) {
-    NormOutputs out =
-        call_norm_forward(Norm::kLayer, x, &residual, weight, bias, dims, eps, kForward);
+    NormOutputs out = call_norm_forward(kNorm, x, &residual, weight, bias, dims, eps, kForward);
     return {std::move(out.y), *std::move(out.total), std::move(out.statistics)};
   }
-  static std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad,
-                                                     const OptionalTensor& grad_total,
-                                                     const Tensor& x, const OptionalTensor& weight,
-                                                     const Tensor& statistics, int64_t dims,
-                                                     bool wants_x, bool wants_weight,
-                                                     bool wants_bias) {
-    NormGradients out = call_norm_backward(Norm::kLayer, grad, grad_total, x, weight, statistics,
-                                           dims, wants_x, wants_weight, wants_bias, kBackward);
+  static std::tuple<Tensor, Tensor, Tensor> backward(
+      const Tensor& grad, const OptionalTensor& grad_total, const Tensor& x,
+      const OptionalTensor& weight, const Tensor& statistics, int64_t dims, bool wants_x,
+      bool wants_weight, bool wants_bias, bool x_is_y, const OptionalTensor& bias) {
+    NormGradients out =
+        call_norm_backward(kNorm, grad, grad_total, x, weight, statistics, dims, wants_x,
+                           wants_weight, wants_bias, x_is_y, bias, kBackward);
     return {std::move(out.x), std::move(out.weight), std::move(out.bias)};
   }
 };

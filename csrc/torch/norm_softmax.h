@@ -18,7 +18,8 @@ struct SoftmaxShape {
   int64_t dim;
   int64_t rows = 1, features;
 
-  SoftmaxShape(const Tensor& x, int64_t along) : sizes(x.sizes().begin(), x.sizes().end()), dim(along) {
+  SoftmaxShape(const Tensor& x, int64_t along)
+      : sizes(x.sizes().begin(), x.sizes().end()), dim(along) {
     if (sizes.empty()) sizes.push_back(1);
     const int64_t ndim = static_cast<int64_t>(sizes.size());
     STD_TORCH_CHECK(0 <= dim && dim < ndim, "dim is ", dim, "; it must be from 0 to ", ndim - 1,
@@ -197,7 +198,7 @@ struct NormSoftmaxOps {
 
 }  // namespace effkern
 
-#define EFFKERN_REGISTER_NORM_SOFTMAX(m, kForward, kBackward, overload)                 \
-  using norm_softmax_ops = effkern::NormSoftmaxOps<kForward, kBackward>;                \
-  m.impl("_norm_softmax_forward" overload, TORCH_BOX(&norm_softmax_ops::forward));      \
+#define EFFKERN_REGISTER_NORM_SOFTMAX(m, kForward, kBackward, overload)            \
+  using norm_softmax_ops = effkern::NormSoftmaxOps<kForward, kBackward>;           \
+  m.impl("_norm_softmax_forward" overload, TORCH_BOX(&norm_softmax_ops::forward)); \
   m.impl("_norm_softmax_backward" overload, TORCH_BOX(&norm_softmax_ops::backward))

@@ -42,7 +42,14 @@ class BackendStatus:
 
 
 #: Every family has all four backends.
-_OPS = ("adam", "rms_norm", "crms_norm", "layer_norm")
+_OPS = (
+    "adam",
+    "rms_norm",
+    "crms_norm",
+    "layer_norm",
+    "norm_softmax",
+    "norm_softmax_cross_entropy",
+)
 
 
 def triton_interprets() -> bool:
@@ -50,9 +57,13 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+# Looked for once: Dynamo does not trace the search.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def has_triton() -> bool:
     """Whether Triton is installed (it is not imported to find out)."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def backends() -> dict[str, BackendStatus]:

@@ -18,7 +18,15 @@ import torch
 
 from effkern.backends import build_info
 
-__all__ = ["cpu_isa", "library_folder", "serves", "set_cpu_isa", "stream_limit", "why_not"]
+__all__ = [
+    "cpu_isa",
+    "library_folder",
+    "library_path",
+    "serves",
+    "set_cpu_isa",
+    "stream_limit",
+    "why_not",
+]
 
 _NAMES = {"CPU": "libeffkern_cpu.so", "CUDA": "libeffkern_cuda.so"}
 _reasons: dict[str, str] = {}
@@ -29,6 +37,11 @@ def library_folder() -> Path:
     """Where the libraries are looked for: the package's ``lib``, or ``EFFKERN_LIBRARY_DIR``."""
     override = os.environ.get("EFFKERN_LIBRARY_DIR")
     return Path(override) if override else Path(__file__).resolve().parent.parent / "lib"
+
+
+def library_path(key: str) -> Path:
+    """Where the library for dispatch key ``"CPU"`` or ``"CUDA"`` is looked for."""
+    return library_folder() / _NAMES[key]
 
 
 def serves(key: str) -> bool:
@@ -42,7 +55,7 @@ def why_not(key: str) -> str:
 
 
 def _load(key: str) -> None:
-    path = library_folder() / _NAMES[key]
+    path = library_path(key)
     if key == "CUDA" and torch.version.cuda is None:
         _reasons[key] = "this PyTorch is built without CUDA"
     elif not path.exists():
@@ -61,7 +74,7 @@ def load() -> None:
     for key in _NAMES:
         _load(key)
     if serves("CPU"):
-        _cpu = ctypes.CDLL(str(library_folder() / _NAMES["CPU"]))
+        _cpu = ctypes.CDLL(str(library_path("CPU")))
         _cpu.effkern_cpu_isa.restype = ctypes.c_char_p
         _cpu.effkern_set_cpu_isa.argtypes = [ctypes.c_char_p]
         _cpu.effkern_set_cpu_isa.restype = ctypes.c_bool

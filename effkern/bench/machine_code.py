@@ -1,8 +1,8 @@
 """What the compilers make of every GPU kernel, on a machine that needs no GPU.
 
-Compiles the CUDA sources of a checkout for each architecture, reads registers, spills and memory
-from the assembler's report and the accesses to memory from the instructions, adds what Triton's
-compiler says of its kernels, and prints one table::
+Reads registers, stack and memory of the CUDA kernels, and their accesses to memory, from the
+machine code in the library that was built, adds what Triton's compiler says of its kernels, and
+prints one table::
 
     python -m effkern.bench.machine_code --json machine_code.json
 """
@@ -21,11 +21,12 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import effkern
+from effkern.backends import native
 
 __all__ = [
     "ARCHITECTURES",
     "Row",
+    "cubin_rows",
     "cuda_rows",
     "main",
     "triton_rows",
@@ -44,8 +45,8 @@ class Row:
         kernel: which, with the template arguments or the dtype that set it apart.
         arch: compute capability times ten: 90 for sm_90.
         registers: of a thread.
-        spill_bytes: stack that a thread has for spilled registers.
-        local_bytes: local memory that a thread has.
+        spill_bytes: stack of a thread, where registers are spilled to.
+        local_bytes: local memory of a thread, with that.
         shared_bytes: shared memory that the compiler laid out; what a launch adds is not in it.
         vector_loads: whether there are loads of 16 bytes from global memory.
         vector_stores: the same for stores.
@@ -63,27 +64,51 @@ class Row:
 
 def why_no_cuda() -> str:
     """Why `cuda_rows` cannot be had here; empty where it can."""
-    if not _sources():
-        return "the CUDA sources are not here: run it in a checkout"
-    if shutil.which("nvcc") is None:
-        return "no nvcc on PATH"
-    if _tool("nvdisasm") is None:
-        return "no nvdisasm on PATH, and no Triton that would bring one"
+    if not native.library_path("CUDA").exists():
+        return "the CUDA library was not built"
+    for tool in ("cuobjdump", "nvdisasm"):
+        if _tool(tool) is None:
+            return f"no {tool} on PATH, and no Triton that would bring one"
     return ""
 
 
 def cuda_rows(architectures: Sequence[int] = ARCHITECTURES) -> list[Row]:
-    """Every instance of every CUDA kernel on every architecture; takes a minute.
+    """Every instance of every CUDA kernel on every architecture.
 
     Raises:
-        RuntimeError: if a tool is missing (`why_no_cuda`), or fails.
+        RuntimeError: if something is missing (`why_no_cuda`), a tool fails, or the library has no
+            machine code for one of them.
     """
     if reason := why_no_cuda():
         raise RuntimeError(reason)
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(max_workers=2) as pool:
-        work = [(source, arch, Path(scratch)) for arch in architectures for source in _sources()]
-        rows = [row for some in pool.map(lambda task: _compile(*task), work) for row in some]
+        library = native.library_path("CUDA").resolve()
+        _run([str(_tool("cuobjdump")), "-xelf", "all", str(library)], Path(scratch))
+        work = []
+        for arch in architectures:
+            found = sorted(Path(scratch).glob(f"*.sm_{arch}.cubin"))
+            if not found:
+                raise RuntimeError(f"{library.name} was not built for sm_{arch}")
+            work += [(cubin, arch) for cubin in found]
+        rows = [row for some in pool.map(lambda task: cubin_rows(*task), work) for row in some]
     return sorted(rows, key=lambda row: (row.kernel, row.arch))
+
+
+def cubin_rows(cubin: Path, arch: int) -> list[Row]:
+    """Every kernel in a file of machine code for one architecture."""
+    instructions = _instructions(_run([str(_tool("nvdisasm")), "-c", str(cubin)]))
+    usages = _usages(_run([str(_tool("cuobjdump")), "-res-usage", str(cubin)]), arch)
+    names = _readable(usages)
+    return [
+        Row(
+            kernel=f"cuda {names[symbol]}",
+            arch=arch,
+            **usage,
+            vector_loads=re.search(r"\bLDG\.[\w.]*128", instructions[symbol]) is not None,
+            vector_stores=re.search(r"\bSTG\.[\w.]*128", instructions[symbol]) is not None,
+        )
+        for symbol, usage in usages.items()
+    ]
 
 
 def why_no_triton() -> str:
@@ -108,14 +133,6 @@ def triton_rows(architectures: Sequence[int] = ARCHITECTURES) -> list[Row]:
     return [Row(**row) for row in machine_code.rows(architectures)]
 
 
-def _sources() -> list[Path]:
-    return sorted((_checkout() / "csrc" / "cuda").glob("*.cu"))
-
-
-def _checkout() -> Path:
-    return Path(effkern.__file__).resolve().parents[1]
-
-
 def _tool(name: str) -> str | None:
     """A program of the CUDA toolkit: on PATH, or as Triton's package carries it."""
     if found := shutil.which(name):
@@ -126,44 +143,21 @@ def _tool(name: str) -> str | None:
     return shutil.which(name, path=str(Path(triton.origin).parent / "backends/nvidia/bin"))
 
 
-def _compile(source: Path, arch: int, folder: Path) -> list[Row]:
-    cubin = folder / f"{source.stem}_{arch}.cubin"
-    options = ["-cubin", "-O3", "-std=c++20", f"-arch=sm_{arch}", "-Xptxas", "-v"]
-    include = ["-I", str(_checkout() / "csrc")]
-    report = _run(["nvcc", *options, *include, str(source), "-o", str(cubin)])
-    instructions = _instructions(_run([str(_tool("nvdisasm")), "-c", str(cubin)]))
-    usages = _usages(report)
-    names = _readable(usages)
-    return [
-        Row(
-            kernel=f"cuda {names[symbol]}",
-            arch=arch,
-            **usage,
-            vector_loads=re.search(r"\bLDG\.[\w.]*128", instructions[symbol]) is not None,
-            vector_stores=re.search(r"\bSTG\.[\w.]*128", instructions[symbol]) is not None,
-        )
-        for symbol, usage in usages.items()
-    ]
-
-
-def _usages(report: str) -> dict[str, dict[str, int]]:
-    """The assembler's report, by symbol."""
-    usages = {}
-    entries = re.split(r"Compiling entry function '(\w+)' for '\w+'", report)[1:]
-    for symbol, text in zip(entries[::2], entries[1::2], strict=True):
-        stack, spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", text)[0]
-
-        def number(pattern: str, text: str = text) -> int:
-            found = re.search(pattern, text)
-            return int(found[1]) if found else 0
-
-        usages[symbol] = {
-            "registers": number(r"Used (\d+) registers"),
-            "spill_bytes": int(spilled),
-            "local_bytes": int(stack) + number(r"(\d+) bytes lmem"),
-            "shared_bytes": number(r"(\d+) bytes smem"),
+def _usages(report: str, arch: int) -> dict[str, dict[str, int]]:
+    """What each kernel takes, by symbol."""
+    reserved = 1024 if arch >= 90 else 0  # of a block's shared memory, by the system
+    entries = re.findall(
+        r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report
+    )
+    return {
+        symbol: {
+            "registers": int(registers),
+            "spill_bytes": int(stack),
+            "local_bytes": int(stack) + int(local),
+            "shared_bytes": int(shared) - reserved,
         }
-    return usages
+        for symbol, registers, stack, shared, local in entries
+    }
 
 
 def _instructions(assembly: str) -> dict[str, str]:
@@ -185,8 +179,8 @@ def _readable(symbols: Iterable[str]) -> dict[str, str]:
     return {s: name[1] if name else s for s, name in zip(symbols, found, strict=True)}
 
 
-def _run(command: list[str]) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: list[str], folder: Path | None = None) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
     return result.stdout + result.stderr

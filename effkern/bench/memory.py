@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -24,6 +25,15 @@ def release_free_memory(device: torch.device) -> bool:
         return False
     trim(0)
     return True
+
+
+def allocators(
+    device: torch.device, *, fresh: bool = True
+) -> dict[str, Callable[[], object] | None]:
+    """What to do between two calls to meet each allocator; fresh only where that can be done."""
+    if not fresh or not release_free_memory(device):
+        return {"warm": None}
+    return {"warm": None, "fresh": lambda: release_free_memory(device)}
 
 
 def peak_process_memory() -> int | None:

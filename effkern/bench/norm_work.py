@@ -1,4 +1,4 @@
-"""The work of ``effkern bench rms_norm``: what a norm is called on, and what of it is timed."""
+"""The work of ``effkern bench norms``: what a norm is called on, and what of it is timed."""
 
 from __future__ import annotations
 
@@ -50,14 +50,18 @@ class NormWork:
         dtype: torch.dtype,
         device: torch.device,
         *,
+        parameters: int,
         with_residual: bool,
         seed: int,
     ) -> None:
+        """Random tensors; ``parameters``: how many the norm takes, of the hidden size each."""
         self.rows, self.hidden_size = rows, hidden_size
         self.dtype, self.device = dtype, device
         self.with_residual = with_residual
         self._generator = torch.Generator(device=device).manual_seed(seed)
-        self._weight = self._random(hidden_size).requires_grad_()
+        self._parameters = tuple(
+            self._random(hidden_size).requires_grad_() for _ in range(parameters)
+        )
         buffers = 4 if with_residual else 2
         self._rotation = Rotation(self._make_buffers, set_bytes=buffers * self.buffer_bytes)
 
@@ -89,13 +93,13 @@ class NormWork:
 
     def _forward_alone(self, norm: Norm, buffers: Buffers) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return norm(buffers.x, self._weight, buffers.residual)
+            return norm(buffers.x, self._parameters, buffers.residual)
 
     def _graph(self, norm: Norm, buffers: Buffers) -> tuple[Buffers, tuple[Tensor, ...]]:
-        return buffers, norm(buffers.x, self._weight, buffers.residual)
+        return buffers, norm(buffers.x, self._parameters, buffers.residual)
 
     def _backward(self, buffers: Buffers, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        inputs = [buffers.x, self._weight]
+        inputs = [buffers.x, *self._parameters]
         if buffers.residual is not None:
             inputs.append(buffers.residual)
         # The outputs stay until the clock has stopped, as a network keeps them.

@@ -17,8 +17,8 @@ from effkern.bench.machine import is_importable
 #: Makes an optimizer over parameters and gives its step.
 MakeStep = Callable[[list[nn.Parameter]], Callable[[], object]]
 
-#: ``(x, weight, residual or None) -> (y,)`` or, with a residual, ``(y, x + residual)``.
-Norm = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
+#: ``(x, parameters, residual or None) -> (y,)`` or, with a residual, ``(y, x + residual)``.
+Norm = Callable[[Tensor, tuple[Tensor, ...], Tensor | None], tuple[Tensor, ...]]
 
 #: What every contestant's optimizer is set to.
 ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
@@ -114,70 +114,115 @@ def _deepspeed_adamw(class_name: str, mode_argument: str) -> MakeStep:
     return lambda p: optimizer(p, **{mode_argument: True}, **ADAMW).step
 
 
-def norm_peers(device: torch.device, *, compiled: bool) -> Peers:
-    """Norms of others, each a `Norm`; layer_norm is torch's fastest, though another formula."""
+def norm_peers(name: str, device: torch.device, *, compiled: bool) -> Peers:
+    """Norms of others, each a `Norm`.
+
+    Args:
+        name: "rms_norm" or "crms_norm", which take a weight, or "layer_norm", with weight and bias.
+            Beside the first two stands layer_norm too: torch's fastest, though another formula.
+        device: where they run.
+        compiled: whether torch.compile of the eager formula takes part.
+    """
     peers = Peers()
-    peers.found["torch rms_norm"] = eager_rms_norm
+    eager = added_first(EAGER_NORMS[name])
+    peers.found[f"torch {name}" if name in TORCH_NORMS else f"eager {name}"] = eager
     if compiled:
-        peers.found["torch.compile"] = torch.compile(eager_rms_norm, dynamic=False, fullgraph=True)
+        peers.found["torch.compile"] = torch.compile(eager, dynamic=False, fullgraph=True)
     else:
         peers.left_out["torch.compile"] = "not asked for: --no-compile"
-    peers.found["torch layer_norm"] = eager_layer_norm
+    peers.found.setdefault("torch layer_norm", added_first(_layer_norm))
     if device.type == "cuda":
-        peers.add("Liger", _liger_norm, needs="liger_kernel")
-        peers.add("Quack", _quack_norm, needs="quack")
-        peers.add("Apex", _apex_norm, needs="apex")
+        for package, (module, makers) in _GPU_NORMS.items():
+            if name in makers:
+                peers.add(package, makers[name], needs=module)
     return peers
 
 
-def eager_rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
-    """Torch's RMSNorm, after an addition where there is a residual."""
-    if residual is None:
-        return (F.rms_norm(x, weight.shape, weight, EPS),)
-    total = x + residual
-    return F.rms_norm(total, weight.shape, weight, EPS), total
+def added_first(norm: Callable[..., Tensor]) -> Norm:
+    """A norm of one input and its parameters, after an addition where there is a residual."""
+
+    def run(
+        x: Tensor, parameters: tuple[Tensor, ...], residual: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        if residual is None:
+            return (norm(x, *parameters),)
+        total = x + residual
+        return norm(total, *parameters), total
+
+    return run
 
 
-def eager_layer_norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
-    """Torch's LayerNorm without bias: the same tensors in and out as RMSNorm."""
-    if residual is None:
-        return (F.layer_norm(x, weight.shape, weight, None, EPS),)
-    total = x + residual
-    return F.layer_norm(total, weight.shape, weight, None, EPS), total
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, EPS)
 
 
-def _liger_norm() -> Norm:
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, EPS)
+
+
+def _crms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    squares = x.square().sum(-1, keepdim=True) + x.sum(-1, keepdim=True).square()
+    return x * torch.rsqrt(squares / (x.shape[-1] + 1) + EPS) * weight
+
+
+#: What a user of stock PyTorch writes.
+EAGER_NORMS: dict[str, Callable[..., Tensor]] = {
+    "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
+    "crms_norm": _crms_norm,
+}
+
+#: Those that PyTorch has itself.
+TORCH_NORMS = ("rms_norm", "layer_norm")
+
+
+def _liger_rms_norm() -> Norm:
     liger = import_module("liger_kernel.transformers.functional")
 
-    def norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
+    def norm(
+        x: Tensor, parameters: tuple[Tensor, ...], residual: Tensor | None
+    ) -> tuple[Tensor, ...]:
         # in_place would overwrite the gradients, which rotate among the contestants.
         if residual is None:
-            return (liger.liger_rms_norm(x, weight, EPS, in_place=False),)
-        return liger.liger_fused_add_rms_norm(x, residual, weight, EPS, in_place=False)
+            return (liger.liger_rms_norm(x, *parameters, EPS, in_place=False),)
+        return liger.liger_fused_add_rms_norm(x, residual, *parameters, EPS, in_place=False)
 
     return norm
 
 
-def _quack_norm() -> Norm:
+def _liger_layer_norm() -> Norm:
+    liger = import_module("liger_kernel.transformers.functional")
+    return added_first(lambda x, weight, bias: liger.liger_layer_norm(x, weight, bias, EPS))
+
+
+def _quack_rms_norm() -> Norm:
     rmsnorm = import_module("quack").rmsnorm
 
-    def norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
+    def norm(
+        x: Tensor, parameters: tuple[Tensor, ...], residual: Tensor | None
+    ) -> tuple[Tensor, ...]:
         if residual is None:
-            return (rmsnorm(x, weight, eps=EPS),)
-        return rmsnorm(x, weight, residual=residual, eps=EPS, prenorm=True)
+            return (rmsnorm(x, *parameters, eps=EPS),)
+        return rmsnorm(x, *parameters, residual=residual, eps=EPS, prenorm=True)
 
     return norm
 
 
-def _apex_norm() -> Norm:
-    fused_rms_norm_affine = import_module(
-        "apex.normalization.fused_layer_norm"
-    ).fused_rms_norm_affine
+def _apex_rms_norm() -> Norm:
+    apex = import_module("apex.normalization.fused_layer_norm")
+    return added_first(lambda x, weight: apex.fused_rms_norm_affine(x, weight, weight.shape, EPS))
 
-    def norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
-        if residual is None:
-            return (fused_rms_norm_affine(x, weight, weight.shape, EPS),)
-        total = x + residual
-        return fused_rms_norm_affine(total, weight, weight.shape, EPS), total
 
-    return norm
+def _apex_layer_norm() -> Norm:
+    apex = import_module("apex.normalization.fused_layer_norm")
+    return added_first(
+        lambda x, weight, bias: apex.fused_layer_norm_affine(x, weight, bias, weight.shape, EPS)
+    )
+
+
+#: By package: the module that it is imported by, and how each norm that it has is made.
+_GPU_NORMS: dict[str, tuple[str, dict[str, Callable[[], Norm]]]] = {
+    "Liger": ("liger_kernel", {"rms_norm": _liger_rms_norm, "layer_norm": _liger_layer_norm}),
+    "Quack": ("quack", {"rms_norm": _quack_rms_norm}),
+    "Apex": ("apex", {"rms_norm": _apex_rms_norm, "layer_norm": _apex_layer_norm}),
+}

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import effkern
-from effkern.nn import functional
+from effkern.bench.norms import NORMS
+from effkern.bench.peers import EAGER_NORMS
 
 #: Wide enough to leave the vectors' multiples behind, small enough for Triton's interpreter.
 ROWS, FEATURES = 3, 37
-EPS = 1e-6
 
 
 def check(backend: str, device: str, *, seed: int = 0) -> str:
-    """Run RMSNorm and an AdamW step on ``backend`` with random float32 tensors on ``device``.
+    """Run every norm and an AdamW step on ``backend`` with random float32 tensors on ``device``.
 
     Returns:
         What is wrong, in one line; empty where both give torch's results.
@@ -25,28 +24,34 @@ def check(backend: str, device: str, *, seed: int = 0) -> str:
     def tensor(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    x, weight, grad = tensor(ROWS, FEATURES), tensor(FEATURES), tensor(ROWS, FEATURES)
+    x, grad = tensor(ROWS, FEATURES), tensor(ROWS, FEATURES)
+    parameters = tensor(FEATURES), tensor(FEATURES)
     try:
         with effkern.use_backend(backend):
-            wrong = [*_check_rms_norm(x, weight, grad), *_check_adamw(x, grad)]
+            wrong = [
+                finding
+                for name in EAGER_NORMS
+                for finding in _check_norm(name, x, parameters[: NORMS[name].parameters], grad)
+            ]
+            wrong += _check_adamw(x, grad)
     except Exception as error:  # whatever a broken installation raises belongs in the report
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return ", ".join(wrong)
 
 
-def _check_rms_norm(x: Tensor, weight: Tensor, grad: Tensor) -> list[str]:
-    inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    ours = functional.rms_norm(inputs[0], weight.shape, inputs[1], EPS)
+def _check_norm(name: str, x: Tensor, parameters: tuple[Tensor, ...], grad: Tensor) -> list[str]:
+    inputs = [tensor.clone().requires_grad_() for tensor in (x, *parameters)]
+    (ours,) = NORMS[name].function(inputs[0], tuple(inputs[1:]), None)
     ours_grads = torch.autograd.grad(ours, inputs, grad)
-    expected = F.rms_norm(inputs[0], weight.shape, inputs[1], EPS)
+    expected = EAGER_NORMS[name](*inputs)
     expected_grads = torch.autograd.grad(expected, inputs, grad)
-    wrong = (
-        [] if torch.allclose(ours, expected, atol=1e-5) else ["rms_norm forward differs from torch"]
-    )
+    wrong = []
+    if not torch.allclose(ours, expected, atol=1e-5):
+        wrong.append(f"{name} forward differs from torch")
     if not all(
         torch.allclose(*pair, atol=1e-4) for pair in zip(ours_grads, expected_grads, strict=True)
     ):
-        wrong.append("rms_norm backward differs from torch")
+        wrong.append(f"{name} backward differs from torch")
     return wrong
 
 

@@ -144,13 +144,22 @@ def optimizers(
     _measure(bench.run, settings, json, plot)
 
 
-@app.command("rms_norm")
-def rms_norm(
+@app.command("norms", help="RMSNorm, LayerNorm and CRMSNorm, forward and backward.")
+@app.command("rms_norm", help="RMSNorm, forward and backward.")
+@app.command("layer_norm", help="LayerNorm, forward and backward.")
+@app.command("crms_norm", help="CRMSNorm, forward and backward.")
+def norms(
+    context: typer.Context,
     device: Device = "cpu",
     seed: Seed = 0,
     json: Json = None,
     plot: Plot = None,
-    rows: Annotated[int, typer.Option("--rows", help="Rows of every input.", min=1)] = 8192,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            "--rows", help="Rows of every input; by default 8192 of 768, fewer longer ones.", min=1
+        ),
+    ] = None,
     hidden_size: Annotated[
         list[int] | None,
         typer.Option(
@@ -163,16 +172,65 @@ def rms_norm(
     rounds: Rounds = 15,
     threads: Threads = None,
     compile: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="torch.compile of torch's rms_norm too.")
+        bool, typer.Option("--compile/--no-compile", help="torch.compile of the formula too.")
+    ] = True,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh/--no-fresh", help="Also where a call finds no memory freed before."),
+    ] = True,
+    overhead: Annotated[
+        bool, typer.Option("--overhead/--no-overhead", help="What a call on a tiny input costs.")
     ] = True,
 ) -> None:
-    """RMSNorm forward and backward, and what a call on a tiny input costs."""
-    from effkern.bench import rms_norm as bench
+    """Of the norm that the command is named after, or of all three."""
+    from effkern.bench import norms as bench
 
-    settings = bench.RmsNormSettings(
+    named = context.info_name
+    settings = bench.NormsSettings(
         device=str(_prepare(device, threads)),
+        norms=(named,) if named in bench.NORMS else tuple(bench.NORMS),
         rows=rows,
         hidden_sizes=tuple(hidden_size or (768,)),
+        dtype=dtype.value,
+        rounds=rounds,
+        compile=compile,
+        fresh=fresh,
+        overhead=overhead,
+        seed=seed,
+    )
+    _measure(bench.run, settings, json, plot)
+
+
+@app.command("norm_softmax")
+def norm_softmax(
+    device: Device = "cpu",
+    seed: Seed = 0,
+    json: Json = None,
+    plot: Plot = None,
+    batch: Annotated[
+        int, typer.Option("--batch", help="Matrices of the softmax's input; 0: no softmax.", min=0)
+    ] = 96,
+    rows: Annotated[int, typer.Option("--rows", help="Of each matrix.", min=1)] = 512,
+    columns: Annotated[int, typer.Option("--columns", help="Of each matrix.", min=1)] = 512,
+    tokens: Annotated[
+        int, typer.Option("--tokens", help="Rows of the logits; 0: no cross-entropy.", min=0)
+    ] = 4096,
+    classes: Annotated[int, typer.Option("--classes", help="Of the logits.", min=1)] = 50257,
+    dtype: Dtype = DType.float32,
+    rounds: Rounds = 11,
+    threads: Threads = None,
+    compile: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="torch.compile of the formula too.")
+    ] = True,
+) -> None:
+    """NormSoftmax and its cross-entropy, beside torch's softmax and the plain formula."""
+    from effkern.bench import norm_softmax as bench
+
+    settings = bench.NormSoftmaxSettings(
+        device=str(_prepare(device, threads)),
+        shape=(batch, rows, columns) if batch else (),
+        tokens=tokens,
+        classes=classes,
         dtype=dtype.value,
         rounds=rounds,
         compile=compile,

@@ -62,5 +62,6 @@ def open_device(name: str) -> torch.device:
             raise RuntimeError(
                 f"--device {name}: this machine has {torch.cuda.device_count()} GPUs"
             )
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
     return device

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from effkern.nn.functional import rms_norm
+from effkern.ops.norm import affine_norm
 
 __all__ = ["BiasedRMSNorm", "RecentreInput", "RecentreOutput", "RunWithRmsNorm", "recentre"]
 
@@ -29,14 +29,7 @@ class BiasedRMSNorm(torch.nn.RMSNorm):
             return torch.nn.functional.layer_norm(
                 x, self.normalized_shape, self.weight, self.bias, self.eps or 0.0
             )
-        return _biased(x, self.normalized_shape, self.weight, self.bias, self.eps)
-
-
-def _biased(
-    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float | None
-) -> Tensor:
-    y = rms_norm(x, shape, weight, eps)
-    return y if bias is None else y + bias
+        return affine_norm("rms_norm", x, self.normalized_shape, self.weight, self.bias, self.eps)  # type: ignore[return-value]
 
 
 def recentre(x: Tensor, dim: int) -> Tensor:
@@ -158,7 +151,7 @@ class _RmsNormMode(TorchFunctionMode):
         if func in _LAYER_NORMS:
             x, shape, weight, bias, eps = _layer_norm_arguments(*args, **kwargs)
             if tuple(shape) in [(d,) for d in self.features] and self._is_meant(weight, bias):
-                return _biased(x, tuple(shape), weight, bias, eps)
+                return affine_norm("rms_norm", x, tuple(shape), weight, bias, eps)
         return func(*args, **kwargs)
 
     def _is_meant(self, *affine: Tensor | None) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from effkern.nn.functional import crms_norm, layer_norm, rms_norm
 
 __all__ = ["CRMSNorm", "LayerNorm", "RMSNorm"]
+
+Device = torch.device | str | int | None
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -22,7 +26,24 @@ class RMSNorm(torch.nn.RMSNorm):
         elementwise_affine: whether there is a learnable ``weight`` of shape ``normalized_shape``,
             at first one.
         device, dtype: of the weight.
+        memory_efficient: keep the output for the backward pass in the place of the input; see
+            docs/norms.md, "Memory".
     """
+
+    memory_efficient = False
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        memory_efficient: bool = False,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)  # type: ignore[arg-type]
+        self.memory_efficient = memory_efficient
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
         """Normalise x, or x + residual: see `effkern.nn.functional.rms_norm`.
@@ -30,9 +51,14 @@ class RMSNorm(torch.nn.RMSNorm):
         Returns:
             y like x; with a residual the pair ``(y, x + residual)``.
         """
-        if residual is None:
-            return rms_norm(x, self.normalized_shape, self.weight, self.eps)
-        return rms_norm(x, self.normalized_shape, self.weight, self.eps, residual=residual)
+        return rms_norm(
+            x,
+            self.normalized_shape,
+            self.weight,
+            self.eps,
+            residual=residual,
+            memory_efficient=self.memory_efficient,
+        )
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -47,7 +73,25 @@ class LayerNorm(torch.nn.LayerNorm):
             at first one.
         bias: whether there is a learnable ``bias`` of the same shape too, at first zero.
         device, dtype: of both.
+        memory_efficient: keep the output for the backward pass in the place of the input; see
+            docs/norms.md, "Memory".
     """
+
+    memory_efficient = False
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        memory_efficient: bool = False,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
+        self.memory_efficient = memory_efficient
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
         """Normalise x, or x + residual: see `effkern.nn.functional.layer_norm`.
@@ -55,10 +99,15 @@ class LayerNorm(torch.nn.LayerNorm):
         Returns:
             y like x; with a residual the pair ``(y, x + residual)``.
         """
-        arguments = x, self.normalized_shape, self.weight, self.bias, self.eps
-        if residual is None:
-            return layer_norm(*arguments)
-        return layer_norm(*arguments, residual=residual)
+        return layer_norm(
+            x,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            residual=residual,
+            memory_efficient=self.memory_efficient,
+        )
 
 
 class CRMSNorm(torch.nn.Module):
@@ -72,20 +121,27 @@ class CRMSNorm(torch.nn.Module):
         elementwise_affine: whether there is a learnable ``weight`` of shape ``(d - 1,)``, at first
             one.
         device, dtype: of the weight.
+        memory_efficient: keep the output for the backward pass in the place of the input; see
+            docs/norms.md, "Memory".
 
     Raises:
         ValueError: if d is less than 2.
     """
+
+    memory_efficient = False
 
     def __init__(
         self,
         d: int,
         eps: float | None = None,
         elementwise_affine: bool = False,
-        device: torch.device | str | int | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        memory_efficient: bool = False,
     ) -> None:
         super().__init__()
+        self.memory_efficient = memory_efficient
         self.weight: torch.nn.Parameter | None
         if d < 2:
             raise ValueError(f"CRMSNorm: d must be at least 2, got {d}")
@@ -112,9 +168,9 @@ class CRMSNorm(torch.nn.Module):
             raise RuntimeError(
                 f"CRMSNorm: x must have d - 1 = {self.d - 1} features, got shape {tuple(x.shape)}"
             )
-        if residual is None:
-            return crms_norm(x, self.weight, self.eps)
-        return crms_norm(x, self.weight, self.eps, residual=residual)
+        return crms_norm(
+            x, self.weight, self.eps, residual=residual, memory_efficient=self.memory_efficient
+        )
 
     def extra_repr(self) -> str:
         """The arguments."""

@@ -69,6 +69,7 @@ class NormSoftmaxCrossEntropyLoss(_WithTau):
         reduction: "mean", "sum" or "none".
         weight: of each class, shape ``(C,)``; or None.
         eps: the least divisor.
+        inplace: whether the gradient is written over the logits.
     """
 
     weight: Tensor | None
@@ -82,9 +83,11 @@ class NormSoftmaxCrossEntropyLoss(_WithTau):
         *,
         weight: Tensor | None = None,
         eps: float = 1e-6,
+        inplace: bool = False,
     ) -> None:
         super().__init__(tau)
         self.register_buffer("weight", weight)
+        self.inplace = inplace
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
         self.reduction, self.eps = reduction, eps
 
@@ -99,6 +102,7 @@ class NormSoftmaxCrossEntropyLoss(_WithTau):
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            inplace=self.inplace,
         )
 
     def extra_repr(self) -> str:

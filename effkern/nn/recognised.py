@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from effkern.backends.choice import use_backend
 from effkern.nn.functional import layer_norm, rms_norm
 from effkern.nn.norm import LayerNorm, RMSNorm
 from effkern.ops._declare import DTYPES
@@ -141,11 +142,12 @@ class _Probe(NamedTuple):
 def _probes(module: nn.Module, features: int, epsilons: list[str]) -> Iterator[_Probe]:
     generator = torch.Generator().manual_seed(0)
     rows = max(4, 8192 // features)
-    wide = torch.randn(2, rows, features, generator=generator)
+    # The device is named throughout, for torch.set_default_device.
+    wide = torch.randn(2, rows, features, generator=generator, device="cpu")
     # Some rows are as small as epsilon's root, where it matters what it is added to.
     wide[1] *= max(getattr(module, name) for name in epsilons) ** 0.5
     wide[0, ::2] += 1
-    values = [torch.randn(features, generator=generator) for _ in range(2)]
+    values = [torch.randn(features, generator=generator, device="cpu") for _ in range(2)]
     dtypes = (torch.float32, torch.bfloat16)
     has_parameters = any(parameter is not None for parameter in module._parameters.values())
     for x_dtype, dtype, training in itertools.product(dtypes, dtypes, (False, True)):
@@ -178,7 +180,8 @@ def _agrees(probe: _Probe, found: Recognised) -> bool:
         )
     if not isinstance(expected, Tensor):
         return False
-    with torch.no_grad():
+    # Probes lie on the CPU, whatever backend the caller has chosen for tensors elsewhere.
+    with torch.no_grad(), use_backend(None):
         mine = apply(probe.module, found, probe.x)
     if mine.dtype != expected.dtype or mine.shape != expected.shape:
         return False

@@ -7,17 +7,27 @@ from typing import overload
 from torch import Tensor
 
 from effkern.ops._declare import declare_public
-from effkern.ops.norm import run
-from effkern.ops.norm_checks import check, check_x
+from effkern.ops.norm import affine_norm
+from effkern.ops.norm_checks import check_x
 
 
 @overload
 def crms_norm(
-    x: Tensor, weight: Tensor | None = ..., eps: float | None = ..., *, residual: None = ...
+    x: Tensor,
+    weight: Tensor | None = ...,
+    eps: float | None = ...,
+    *,
+    residual: None = ...,
+    memory_efficient: bool = ...,
 ) -> Tensor: ...
 @overload
 def crms_norm(
-    x: Tensor, weight: Tensor | None = ..., eps: float | None = ..., *, residual: Tensor
+    x: Tensor,
+    weight: Tensor | None = ...,
+    eps: float | None = ...,
+    *,
+    residual: Tensor,
+    memory_efficient: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def crms_norm(
     x: Tensor,
@@ -25,6 +35,7 @@ def crms_norm(
     eps: float | None = None,
     *,
     residual: Tensor | None = None,
+    memory_efficient: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """CRMSNorm over the last dimension: ``x / sqrt((sum(x^2) + sum(x)^2) / d + eps) * weight``.
 
@@ -40,6 +51,8 @@ def crms_norm(
             dtype (float64's for float64, else float32's), as in `rms_norm`.
         residual: like x. With it the sum ``x + residual`` is normalised, in the same pass, and
             returned too; the statistics are those of the sum as rounded to x's dtype.
+        memory_efficient: keep y for the backward pass in the place of what was normalised, which
+            is then restored from y; see docs/norms.md, "Memory".
 
     Returns:
         y, contiguous, of x's shape and dtype; with a residual the pair ``(y, x + residual)``.
@@ -53,9 +66,7 @@ def crms_norm(
     check_x("crms_norm", x)
     if x.dim() == 0:
         raise RuntimeError("crms_norm: x must have at least one dimension, got shape ()")
-    if weight is not None or residual is not None:
-        check("crms_norm", x, residual, x.shape[-1:], {"weight": weight})
-    return run("crms_norm", x, residual, (weight,), 1, eps)
+    return affine_norm("crms_norm", x, x.shape[-1:], weight, None, eps, residual, memory_efficient)
 
 
 def _add_crms_norm(

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import overload
 
-import torch
 from torch import Tensor
 
-from effkern.backends.reference.dtypes import accumulation_dtype
-from effkern.ops._declare import DTYPES, declare_public
-from effkern.ops.norm import run
-from effkern.ops.norm_checks import check, fits, strided
+from effkern.ops._declare import declare_public
+from effkern.ops.norm import affine_norm
 
 
 @overload
@@ -23,6 +20,7 @@ def layer_norm(
     eps: float = ...,
     *,
     residual: None = ...,
+    memory_efficient: bool = ...,
 ) -> Tensor: ...
 @overload
 def layer_norm(
@@ -33,6 +31,7 @@ def layer_norm(
     eps: float = ...,
     *,
     residual: Tensor,
+    memory_efficient: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def layer_norm(
     x: Tensor,
@@ -42,6 +41,7 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
+    memory_efficient: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm over the last dimensions: ``(x - mean) / sqrt(var + eps) * weight + bias``.
 
@@ -57,6 +57,8 @@ def layer_norm(
         eps: added to the variance.
         residual: like x. With it the sum ``x + residual`` is normalised, in the same pass, and
             returned too; the statistics are those of the sum as rounded to x's dtype.
+        memory_efficient: keep y for the backward pass in the place of what was normalised, which
+            is then restored from y; see docs/norms.md, "Memory".
 
     Returns:
         y, contiguous, of x's shape and dtype; with a residual the pair ``(y, x + residual)``.
@@ -67,31 +69,9 @@ def layer_norm(
         RuntimeError: if a dtype, shape, device or layout does not fit; the message names the
             argument.
     """
-    dims = len(normalized_shape)
-    # The common case in one expression, each part in its cheapest form: every call pays for it.
-    if not (
-        isinstance(x, Tensor)
-        and x.dtype in DTYPES
-        and x.layout is strided
-        and (shape := x.shape)
-        and dims > 0
-        and (shape[-1] == normalized_shape[0] if dims == 1 else shape[-dims:] == normalized_shape)
-        and residual is None
-        and fits(weight, normalized_shape, x)
-        and fits(bias, normalized_shape, x)
-    ):
-        check("layer_norm", x, residual, normalized_shape, {"weight": weight, "bias": bias})
-    if bias is not None and (weight is None or weight.dtype != bias.dtype):
-        weight, bias = _alike(weight, bias, x)
-    return run("layer_norm", x, residual, (weight, bias), dims, eps)
-
-
-def _alike(weight: Tensor | None, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Both, in one dtype, as the kernels take them."""
-    if weight is None:
-        return torch.ones_like(bias), bias
-    acc = accumulation_dtype(x.dtype)
-    return weight.to(acc), bias.to(acc)
+    return affine_norm(
+        "layer_norm", x, normalized_shape, weight, bias, eps, residual, memory_efficient
+    )
 
 
 def _add_layer_norm(

@@ -85,3 +85,75 @@ def _check_mask(name: str, mask: Any, x: Tensor) -> None:
         )
     if mask.device != x.device:
         raise RuntimeError(f"{name}: mask must be on x's device {x.device}, got {mask.device}")
+
+
+_CROSS_ENTROPY = "norm_softmax_cross_entropy"
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def check_cross_entropy(
+    logits: Any,
+    target: Any,
+    weight: Any,
+    tau: Any,
+    eps: Any,
+    label_smoothing: Any,
+    reduction: Any,
+    inplace: bool,
+) -> None:
+    """Raise for the first argument of `norm_softmax_cross_entropy` that does not fit."""
+    name = _CROSS_ENTROPY
+    check_kind(name, "logits", logits)
+    if logits.dim() == 0:
+        raise RuntimeError(f"{name}: logits must have a dimension of classes, got shape ()")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{name}: target must be a tensor, got {type(target).__name__}")
+    of_classes = min(1, logits.dim() - 1)
+    classes = logits.shape[of_classes]
+    if target.is_floating_point():
+        check_kind(name, "target", target)
+        shape, kind = tuple(logits.shape), "of probabilities"
+    elif target.dtype == torch.int64:
+        shape = (*logits.shape[:of_classes], *logits.shape[of_classes + 1 :])
+        kind = "of class indices"
+    else:
+        raise RuntimeError(
+            f"{name}: target must be class indices of int64 or probabilities of a floating dtype, "
+            f"got {target.dtype}"
+        )
+    if tuple(target.shape) != shape:
+        raise RuntimeError(
+            f"{name}: a target {kind} must have shape {shape} beside logits of shape "
+            f"{tuple(logits.shape)}, got {tuple(target.shape)}"
+        )
+    if weight is not None:
+        check_kind(name, "weight", weight)
+        if tuple(weight.shape) != (classes,):
+            raise RuntimeError(
+                f"{name}: weight must have shape {(classes,)}, got {tuple(weight.shape)}"
+            )
+    for argument, value in (("target", target), ("weight", weight)):
+        if value is not None and value.device != logits.device:
+            raise RuntimeError(
+                f"{name}: {argument} must be on logits' device {logits.device}, got {value.device}"
+            )
+    check_tau(name, tau)
+    check_eps(name, eps)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{name}: label_smoothing must be from 0 to 1, got {label_smoothing}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{name}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if inplace:
+        _check_inplace(logits, reduction)
+
+
+def _check_inplace(logits: Tensor, reduction: str) -> None:
+    why = ""
+    if reduction == "none":
+        why = 'reduction must be "mean" or "sum"'
+    elif logits.dim() > 2 or (logits.stride(-1) != 1 and logits.shape[-1] > 1):
+        why = "logits must be of shape (N, C) or (C,), with contiguous rows"
+    elif logits.is_leaf and logits.requires_grad:
+        why = "logits must be no leaf that requires a gradient"
+    if why:
+        raise ValueError(f"{_CROSS_ENTROPY}: with inplace=True {why}")

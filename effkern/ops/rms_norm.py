@@ -7,9 +7,8 @@ from typing import overload
 
 from torch import Tensor
 
-from effkern.ops._declare import DTYPES, declare_public
-from effkern.ops.norm import run
-from effkern.ops.norm_checks import check, fits, strided
+from effkern.ops._declare import declare_public
+from effkern.ops.norm import affine_norm
 
 
 @overload
@@ -20,6 +19,7 @@ def rms_norm(
     eps: float | None = ...,
     *,
     residual: None = ...,
+    memory_efficient: bool = ...,
 ) -> Tensor: ...
 @overload
 def rms_norm(
@@ -29,6 +29,7 @@ def rms_norm(
     eps: float | None = ...,
     *,
     residual: Tensor,
+    memory_efficient: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
     x: Tensor,
@@ -37,6 +38,7 @@ def rms_norm(
     eps: float | None = None,
     *,
     residual: Tensor | None = None,
+    memory_efficient: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """RMSNorm over the last dimensions: ``x / sqrt(mean(x^2) + eps) * weight``.
 
@@ -51,6 +53,8 @@ def rms_norm(
             dtype (float64's for float64, else float32's), as in `torch.nn.functional.rms_norm`.
         residual: like x. With it the sum ``x + residual`` is normalised, in the same pass, and
             returned too; the statistics are those of the sum as rounded to x's dtype.
+        memory_efficient: keep y for the backward pass in the place of what was normalised, which
+            is then restored from y; see docs/norms.md, "Memory".
 
     Returns:
         y, contiguous, of x's shape and dtype; with a residual the pair ``(y, x + residual)``.
@@ -61,20 +65,9 @@ def rms_norm(
         RuntimeError: if a dtype, shape, device or layout does not fit; the message names the
             argument.
     """
-    dims = len(normalized_shape)
-    # The common case in one expression, each part in its cheapest form: every call pays for it.
-    if not (
-        isinstance(x, Tensor)
-        and x.dtype in DTYPES
-        and x.layout is strided
-        and (shape := x.shape)
-        and dims > 0
-        and (shape[-1] == normalized_shape[0] if dims == 1 else shape[-dims:] == normalized_shape)
-        and residual is None
-        and fits(weight, normalized_shape, x)
-    ):
-        check("rms_norm", x, residual, normalized_shape, {"weight": weight})
-    return run("rms_norm", x, residual, (weight,), dims, eps)
+    return affine_norm(
+        "rms_norm", x, normalized_shape, weight, None, eps, residual, memory_efficient
+    )
 
 
 def _add_rms_norm(

@@ -17,7 +17,7 @@ from effkern.optim.checks import check_grad, check_state
 from effkern.optim.norm import LastNorm
 from effkern.optim.prepared import Prepared
 from effkern.optim.scaling import deferred_keywords
-from effkern.optim.state import export, keep_dtypes, step_counter
+from effkern.optim.state import counter_device, export, keep_dtypes, step_counter
 from effkern.optim.storage import asked_options, rounding_keys, storage_of
 from effkern.optim.traced import (
     begin_tracing,
@@ -200,8 +200,11 @@ class FusedOptimizer(Optimizer):
         if not self._needs_steps(group):
             return []
         for param, begins in zip(params, new, strict=True):
-            if begins or param not in self._steps:
-                self._steps[param] = step_counter(0.0 if begins else 1.0)
+            device, counter = counter_device(self, group, param), self._steps.get(param)
+            if begins or counter is None:
+                self._steps[param] = step_counter(0.0 if begins else 1.0, device)
+            elif counter.device != device:
+                self._steps[param] = counter.to(device)
         return [self._steps[param] for param in params]
 
     def _has_step(self, group: dict[str, Any]) -> bool:
@@ -347,7 +350,7 @@ class FusedOptimizer(Optimizer):
 
     def _prepare_traced(
         self, which: tuple[tuple[int, ...], ...]
-    ) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+    ) -> tuple[tuple[bool, ...], tuple[bool, ...], tuple[tuple[int, ...], ...]]:
         return prepare_traced(self, which)
 
     # Dynamo calls these while it traces, beside the graph. `torch.compiler.assume_constant_result`

@@ -135,6 +135,17 @@ def complete(
     return new
 
 
+def own_memory(state: dict[str, Any]) -> None:
+    """Give memory of its own to each tensor of a state that is cut from the middle of a buffer.
+
+    Inductor copies what an op in its graph writes to. Before PyTorch 2.13 it takes the copy from
+    the wrong place where the tensor does not begin with its storage.
+    """
+    for key, value in state.items():
+        if isinstance(value, Tensor) and not is_dtensor(value) and value.storage_offset() != 0:
+            state[key] = value.clone()
+
+
 def counter_device(optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor) -> torch.device:
     """Where the parameter's steps are counted: on the host, or beside it where nobody may wait."""
     beside = param.device.type != "cpu" and optimizer._counts_on_device(group)

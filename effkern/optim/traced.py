@@ -22,11 +22,14 @@ from effkern.optim.distributed import is_dtensor
 from effkern.optim.layout import as_real, is_dense, laid_out_like, share_memory
 from effkern.optim.norm import GradientList, squares_of
 from effkern.optim.scaling import tensor_keywords
-from effkern.optim.state import complete
+from effkern.optim.state import complete, own_memory
 from effkern.optim.storage import MASTER, codes_key, scales_key, storage_of
 
 if TYPE_CHECKING:
     from effkern.optim.fused import FusedOptimizer
+
+#: Whether inductor copies tensors that do not begin with their storage (`own_memory`).
+_OFFSETS_ARE_SAFE = torch.__version__ >= "2.13"
 
 _deferred_step_ = torch.ops.effkern._deferred_step_.default
 
@@ -47,11 +50,11 @@ def step_traced(optimizer: FusedOptimizer) -> None:
     if torch.compiler.is_dynamo_compiling() and optimizer._is_changed_by_graph():
         torch._dynamo.graph_break(msg="the graph changes a parameter group before the step")
         return
-    apart, lr_tensors = optimizer._prepare_traced(tuple(which))
+    apart, lr_tensors, unsafe = optimizer._prepare_traced(tuple(which))
     calls = [
         call
         for number in range(len(groups))
-        for call in _calls(optimizer, number, which[number], apart[number])
+        for call in _calls(optimizer, number, which[number], apart[number], unsafe[number])
     ]
     squares = None
     if optimizer.max_grad_norm is not None:
@@ -109,7 +112,7 @@ def is_changed_by_graph(optimizer: FusedOptimizer) -> bool:
 
 def prepare_traced(
     optimizer: FusedOptimizer, which: tuple[tuple[int, ...], ...]
-) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+) -> tuple[tuple[bool, ...], tuple[bool, ...], tuple[tuple[int, ...], ...]]:
     """While a step is traced, and beside the graph: check its tensors, and make what is missing.
 
     Args:
@@ -118,8 +121,8 @@ def prepare_traced(
 
     Returns:
         For each group whether its parameters or states share memory, and are updated one after
-        another, and whether its learning rate is in a tensor (Dynamo would guard on a float before
-        it answered).
+        another, whether its learning rate is in a tensor (Dynamo would guard on a float before it
+        answered), and the places of parameters that inductor would not find.
 
     Raises:
         RuntimeError: if a parameter or state is refused; nothing was changed.
@@ -137,12 +140,18 @@ def prepare_traced(
         names = optimizer._states(group)
         new = [complete(optimizer, group, param, names) for param in params]
         optimizer._counters(group, params, new)
+        for param in params:
+            own_memory(optimizer.state.get(param, {}))
         values = [v for p in params for v in optimizer.state.get(p, {}).values()]
         tensors = [*params, *(v for v in values if isinstance(v, Tensor))]
         fake = any(isinstance(t, FakeTensor) for t in tensors)
         apart.append(not fake and share_memory(tensors))
     lr_tensors = [isinstance(group["lr"], Tensor) for group, _ in chosen]
-    return tuple(apart), tuple(lr_tensors)
+    unsafe = [
+        tuple(i for i in some if not _OFFSETS_ARE_SAFE and group["params"][i].storage_offset())
+        for group, some in zip(optimizer.param_groups, which, strict=True)
+    ]
+    return tuple(apart), tuple(lr_tensors), tuple(unsafe)
 
 
 @dataclass
@@ -179,9 +188,15 @@ class _Call:
 
 
 def _calls(
-    optimizer: FusedOptimizer, number: int, which: tuple[int, ...], apart: bool
+    optimizer: FusedOptimizer,
+    number: int,
+    which: tuple[int, ...],
+    apart: bool,
+    unsafe: tuple[int, ...],
 ) -> Iterator[_Call]:
-    """The calls for one group, in the order of an eager step."""
+    """The calls for one group, in the order of an eager step; of its ``unsafe`` parameters copies
+    are updated.
+    """
     group = optimizer._groups[number]
     params: list[Tensor] = group["params"]
     names = [name for name in optimizer._states(group) if name is not None]
@@ -202,7 +217,10 @@ def _calls(
             stored = [codes_key(name) if storage.quantized else name for name in names]
             scaled = [scales_key(name) for name in names] if storage.quantized else []
             chosen = [params[i] for i in some]
-            dense = [p if is_dense(p) else torch.empty_like(p).copy_(p) for p in chosen]
+            dense = [
+                p if is_dense(p) and i not in unsafe else torch.empty_like(p).copy_(p)
+                for i, p in zip(some, chosen, strict=True)
+            ]
             grads = [
                 laid_out_like(p.grad, d)  # type: ignore[arg-type]
                 for p, d in zip(chosen, dense, strict=True)

@@ -133,7 +133,8 @@ effkern.nn.RMSNorm(8)(x).sum().backward()
 p = torch.nn.Parameter(torch.ones(4)); p.grad = torch.ones(4)
 effkern.FusedAdamW([p], lr=0.1).step()
 assert p[0] < 1
-torch.library.opcheck(torch.ops.effkern._rms_norm_forward.default, (x.detach(), None, 1, 1e-5))
+op = torch.ops.effkern._rms_norm_forward.default
+torch.library.opcheck(op, (x.detach(), None, None, 1, 1e-5))
 print("works")
 """
     done = run(code, EFFKERN_LIBRARY_DIR=str(tmp_path))

@@ -6,11 +6,21 @@ import math
 import pytest
 import torch
 
-from effkern.bench import adam, call_overhead, limits, machine, plots, rms_norm, tables
+from effkern.bench import (
+    adam,
+    call_overhead,
+    limits,
+    machine,
+    norm_softmax,
+    norms,
+    plots,
+    tables,
+)
 from effkern.bench.limits import Streams, copy_limit
 from effkern.bench.peers import Peers, adamw_peers, norm_peers
 from effkern.bench.results import COPY_LIMIT, OURS
 from effkern.bench.timers import Scrubber
+from effkern.nn import functional
 
 CPU = torch.device("cpu")
 
@@ -101,24 +111,28 @@ def test_every_contestant_of_bench_adam_takes_the_same_steps():
         torch.testing.assert_close(result, results[0])
 
 
-def test_every_norm_of_bench_rms_norm_computes_the_same():
+@pytest.mark.parametrize("name", list(norms.NORMS))
+def test_every_contestant_of_bench_norms_computes_the_same(name):
     generator = torch.Generator().manual_seed(0)
     x, residual = (torch.randn(4, 19, generator=generator) for _ in range(2))
-    weight = torch.randn(19, generator=generator)
-    found = norm_peers(CPU, compiled=False).found
-    for peer in (norm for name, norm in found.items() if "layer_norm" not in name):
+    ours = norms.NORMS[name]
+    parameters = tuple(torch.randn(19, generator=generator) for _ in range(ours.parameters))
+    found = norm_peers(name, CPU, compiled=False).found
+    same = [peer for key, peer in found.items() if "layer_norm" not in key or name == "layer_norm"]
+    assert same
+    for peer in same:
         for given in (None, residual):
-            ours, theirs = (norm(x, weight, given) for norm in (rms_norm.effkern_norm, peer))
-            assert len(ours) == len(theirs) == (1 if given is None else 2)
-            torch.testing.assert_close(ours, theirs)
+            mine, theirs = (norm(x, parameters, given) for norm in (ours.function, peer))
+            assert len(mine) == len(theirs) == (1 if given is None else 2)
+            torch.testing.assert_close(mine, theirs)
 
 
-def test_bench_rms_norm_end_to_end():
-    settings = rms_norm.RmsNormSettings(rows=4, hidden_sizes=(8, 9), rounds=1, compile=False)
-    result = rms_norm.run(settings)
+def test_bench_norms_end_to_end():
+    settings = norms.NormsSettings(rows=4, hidden_sizes=(8, 9), rounds=1, compile=False)
+    result = norms.run(settings)
     names = [case.name for case in result.cases]
     allocators = 2 if "fresh" in " ".join(names) else 1
-    assert len(names) == len(set(names)) == 2 * 2 * 3 * allocators + 2
+    assert len(names) == len(set(names)) == 2 * 3 * 2 * 3 * allocators + 2
     case = result.cases[names.index("RMSNorm 4 x 9 float32 + residual, backward, warm allocator")]
     assert case.bytes_moved == 4 * 4 * 9 * 4
     assert [row.name for row in case.rows] == [
@@ -128,8 +142,48 @@ def test_bench_rms_norm_end_to_end():
         COPY_LIMIT,
     ]
     text = rendered(result)
+    assert "CRMSNorm 4 x 8 float32, forward" in text
     assert "call overhead, RMSNorm 1 x 64, no gradient" in text
     assert "copy limit (" in text
+
+
+def test_every_form_of_bench_norm_softmax_computes_the_same():
+    x = torch.randn(4, 19)
+    target = torch.tensor([0, 3, 18, 7])
+    ours = functional.norm_softmax(x), functional.norm_softmax_cross_entropy(x, target)
+    theirs = norm_softmax.plain(x), norm_softmax.plain_cross_entropy(x, target)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_bench_norm_softmax_end_to_end():
+    settings = norm_softmax.NormSoftmaxSettings(
+        shape=(2, 3, 8), tokens=4, classes=50, rounds=1, compile=False
+    )
+    result = norm_softmax.run(settings)
+    names = [case.name for case in result.cases]
+    assert len(names) == len(set(names)) == 2 * (2 if "fresh" in " ".join(names) else 1) + 1
+    case = result.cases[-1]
+    assert case.bytes_moved == 2 * 4 * 50 * 4
+    assert [row.name for row in case.rows] == [
+        OURS,
+        "effkern, inplace",
+        "torch cross_entropy",
+        "plain NormSoftmax",
+        COPY_LIMIT,
+    ]
+    assert sum("times their memory" in note for note in result.notes) == 4
+
+
+def test_bench_norms_of_one_norm_in_short(monkeypatch):
+    monkeypatch.setattr(norms, "ELEMENTS", 64)
+    settings = norms.NormsSettings(
+        norms=("layer_norm",), hidden_sizes=(16,), rounds=1, compile=False,
+        fresh=False, overhead=False,
+    )  # fmt: skip
+    result = norms.run(settings)
+    assert len(result.cases) == 2 * 3
+    assert all(case.elements == 64 for case in result.cases)
+    assert "not measured here" in result.notes[0]
 
 
 def test_call_overhead_alone():

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from effkern import cli
-from effkern.bench import call_overhead
+from effkern.bench import call_overhead, norms
+from effkern.bench.norms import NormsSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +31,7 @@ def common(monkeypatch, tmp_path):
     del sys.modules["common"]
 
 
-@pytest.mark.parametrize("benchmark", ["adam", "optimizers", "rms_norm"])
+@pytest.mark.parametrize("benchmark", ["adam", "optimizers", "norm_softmax"])
 def test_benchmarks_keep_their_result(benchmark, common, monkeypatch):
     asked = []
     monkeypatch.setattr(common, "main", lambda arguments: asked.append(arguments) or 3)
@@ -41,6 +42,28 @@ def test_benchmarks_keep_their_result(benchmark, common, monkeypatch):
     expected = ["--json", f"{kept}.json", "--plot", f"{kept}.png", "--rounds", "2"]
     assert asked == [["bench", benchmark, *expected]]
     assert cli.main(["bench", benchmark, "--help"]) == 0
+
+
+def test_the_benchmark_of_norms(common, monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(common, "main", lambda arguments: asked.append(arguments) or 0)
+    monkeypatch.setattr(sys, "argv", ["script", "768", "1024"])
+    script = str(ROOT / "benchmarks" / "norms.py")
+    runpy.run_path(script, run_name="__main__")
+    kept = [f"{tmp_path}/norms_{size}" for size in (768, 1024)]
+    files = [["--json", f"{name}.json", "--plot", f"{name}.png"] for name in kept]
+    assert asked == [
+        ["bench", "norms", *files[0], "--hidden-size", "768"],
+        ["bench", "norms", *files[1], "--hidden-size", "1024", "--no-fresh", "--no-overhead"],
+    ]
+
+    settings = NormsSettings(rows=2, rounds=1, compile=False, overhead=False)
+    norms.run(settings).write(tmp_path / "norms_768.json")
+    monkeypatch.setattr(sys, "argv", ["script", "--table"])
+    runpy.run_path(script, run_name="__main__")
+    table = capsys.readouterr().out
+    assert "| 2 x 768 + residual, forward + backward |" in table
+    assert "| 2 x 768, forward, fresh |" in table
 
 
 @pytest.mark.usefixtures("common")

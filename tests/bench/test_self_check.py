@@ -1,10 +1,14 @@
 """The check that `effkern doctor` trusts must notice a backend that is wrong."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import effkern
 from effkern.bench import self_check
+from effkern.bench.norms import NORMS
+from effkern.bench.peers import EAGER_NORMS
 
 
 def test_the_reference_is_right():
@@ -15,11 +19,9 @@ def test_an_unavailable_backend_is_a_finding_and_no_crash():
     assert "unknown effkern backend 'none'" in self_check.check("none", "cpu")
 
 
-@pytest.mark.parametrize(
-    ("broken", "finding"),
-    [("forward", "rms_norm forward differs"), ("backward", "rms_norm backward differs")],
-)
-def test_a_wrong_norm_is_found(monkeypatch, broken, finding):
+@pytest.mark.parametrize("broken", ["forward", "backward"])
+@pytest.mark.parametrize("name", list(EAGER_NORMS))
+def test_a_wrong_norm_is_found(monkeypatch, name, broken):
     class Wrong(torch.autograd.Function):
         @staticmethod
         def forward(ctx, y):
@@ -29,11 +31,13 @@ def test_a_wrong_norm_is_found(monkeypatch, broken, finding):
         def backward(ctx, grad):
             return grad if broken == "forward" else 2 * grad
 
-    right = torch.nn.functional.rms_norm
-    monkeypatch.setattr(
-        self_check.functional, "rms_norm", lambda *arguments: Wrong.apply(right(*arguments))
-    )
-    assert self_check.check("reference", "cpu").startswith(finding)
+    right = NORMS[name]
+
+    def function(x, parameters, residual):
+        return (Wrong.apply(*right.function(x, parameters, residual)),)
+
+    monkeypatch.setitem(NORMS, name, dataclasses.replace(right, function=function))
+    assert self_check.check("reference", "cpu").startswith(f"{name} {broken} differs")
 
 
 def test_an_optimizer_that_does_nothing_is_found(monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from effkern import cli
-from effkern.bench import adam, rms_norm
+from effkern.bench import adam, norm_softmax, norms
 from effkern.bench.demo import train
 from effkern.bench.demo.model import ModelShape
 from effkern.bench.results import Result
@@ -27,7 +27,9 @@ COMMANDS = (
     ["bench"],
     ["bench", "adam"],
     ["bench", "optimizers"],
+    ["bench", "norms"],
     ["bench", "rms_norm"],
+    ["bench", "norm_softmax"],
     ["convert"],
 )
 WORKING = [command for command in COMMANDS if command not in ([], ["bench"])]
@@ -125,6 +127,8 @@ def test_a_gpu_too_many_is_refused(monkeypatch):
     assert options.open_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(RuntimeError, match="--device cuda:2: this machine has 2 GPUs"):
         options.open_device("cuda:2")
+    # Without an index it is the current one.
+    assert options.open_device("cuda") == torch.device("cuda")
     assert chosen == [torch.device("cuda:1")]
 
 
@@ -217,10 +221,21 @@ def test_doctor_tells_a_choice_that_cannot_serve(monkeypatch):
         (["adam"], adam, adam.AdamSettings()),
         (
             ["rms_norm", "--rows", "7", "--hidden-size", "8", "--hidden-size", "9", "--no-compile"],
-            rms_norm,
-            rms_norm.RmsNormSettings(rows=7, hidden_sizes=(8, 9), compile=False),
+            norms,
+            norms.NormsSettings(norms=("rms_norm",), rows=7, hidden_sizes=(8, 9), compile=False),
         ),
-        (["rms_norm"], rms_norm, rms_norm.RmsNormSettings()),
+        (["norms"], norms, norms.NormsSettings()),
+        (
+            ["crms_norm", "--no-fresh", "--no-overhead"],
+            norms,
+            norms.NormsSettings(norms=("crms_norm",), fresh=False, overhead=False),
+        ),
+        (
+            ["norm_softmax", "--batch", "0", "--tokens", "5", "--classes", "9", "--no-compile"],
+            norm_softmax,
+            norm_softmax.NormSoftmaxSettings(shape=(), tokens=5, classes=9, compile=False),
+        ),
+        (["norm_softmax"], norm_softmax, norm_softmax.NormSoftmaxSettings()),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -411,6 +411,12 @@ def test_a_meta_model_and_no_model() -> None:
         effkern.swap_norms(3)  # type: ignore[arg-type]
 
 
+def test_a_default_device_does_not_matter() -> None:
+    norm = RoundsFirst(16)
+    with torch.device("meta"):
+        assert len(effkern.swap_norms(norm).swapped) == 1
+
+
 @pytest.mark.parametrize(
     ("module", "name", "swapped"),
     [

@@ -25,6 +25,11 @@ def arguments(
     return [t.requires_grad_(requires_grad) for t in tensors]
 
 
+def public_arguments(norm: Norm, **options: Any) -> list[Tensor]:
+    """As `arguments`, with those parameters alone that the public function takes."""
+    return arguments(norm, **options)[: 2 + norm.public_parameters]
+
+
 def plain(norm: Norm) -> Any:
     """A function of x and the parameters."""
     return lambda x, *parameters: norm(x, *parameters, eps=1e-3)
@@ -37,7 +42,7 @@ def with_residual(norm: Norm) -> Any:
 
 def eager(norm: Norm) -> Any:
     """What `plain` is, in stock PyTorch."""
-    return lambda x, *parameters: norm.eager(x, 1, parameters, 1e-3)
+    return lambda x, *parameters: norm.eager(x, 1, [*parameters, None][:2], 1e-3)
 
 
 def is_quick(backend: Backend, norm: Norm) -> bool:
@@ -76,7 +81,7 @@ def public(norm: Norm, add: bool = False) -> Any:
 
 @every_norm
 def test_public_ops_differentiate_too(norm: Norm) -> None:
-    x, r, *parameters = arguments(norm)
+    x, r, *parameters = public_arguments(norm)
     assert torch.autograd.gradcheck(public(norm), (x, *parameters))
     assert torch.autograd.gradgradcheck(public(norm), (x, *parameters))
     assert torch.autograd.gradcheck(public(norm, add=True), (x, r, *parameters))
@@ -118,7 +123,7 @@ def test_opcheck_kernels(norm: Norm, dtype: torch.dtype, overload: str) -> None:
 
 @every_norm
 def test_opcheck_public_ops(norm: Norm) -> None:
-    x, r, *parameters = arguments(norm, dtype=torch.float32)
+    x, r, *parameters = public_arguments(norm, dtype=torch.float32)
     op, add = (getattr(torch.ops.effkern, name).default for name in (norm.name, f"add_{norm.name}"))
     shape = [(7,)] if norm.many_dims else []
     torch.library.opcheck(op, (x, *shape, *parameters, 1e-5))
@@ -280,7 +285,7 @@ def test_forward_mode(norm: Norm) -> None:
 
 @every_norm
 def test_public_ops_under_func(norm: Norm) -> None:
-    x, r, *parameters = (t.detach() for t in arguments(norm))
+    x, r, *parameters = (t.detach() for t in public_arguments(norm))
     loss = lambda f: lambda a: f(a, *parameters).sin().sum()  # noqa: E731
     mine, stock = (torch.func.grad(loss(f))(x) for f in (public(norm), eager(norm)))
     torch.testing.assert_close(mine, stock)
@@ -308,7 +313,9 @@ def test_autocast_as_torch(norm: Norm) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @every_norm
 def test_autocast_on_cuda_as_torch(norm: Norm, dtype: torch.dtype) -> None:
-    """In float32, but for float64; asked of tensors without memory, no GPU is needed."""
+    """Asked of tensors without memory, no GPU is needed. LayerNorm is computed in float32, but for
+    float64; RMSNorm in what this version of PyTorch computes its own in.
+    """
     twin = RMS if norm is CRMS else norm
     before = torch.is_autocast_enabled("cuda")
     with FakeTensorMode():
@@ -320,5 +327,6 @@ def test_autocast_on_cuda_as_torch(norm: Norm, dtype: torch.dtype) -> None:
             stock = twin.eager(x, 1, parameters, 1e-5)
         finally:
             torch.set_autocast_enabled("cuda", before)
-    assert y.dtype == stock.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert total.dtype == y.dtype
+    assert y.dtype == total.dtype == stock.dtype
+    if norm is LAYER:
+        assert y.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

@@ -149,14 +149,13 @@ def test_the_kernel_ops_defend_themselves(backend: Backend, norm: Norm) -> None:
         lambda: backward(x, x[:2], x, w, kept, 1, True, *wants),
         lambda: backward(x, None, x, w, kept.double(), 1, True, *wants),
         lambda: backward(x, None, x, None, kept, 1, True, *wants),
+        lambda: forward(x, w, w[:7], 1, 1e-5),
+        lambda: forward(x, None, w, 1, 1e-5),
+        lambda: forward(x, w, w.bfloat16(), 1, 1e-5),
+        lambda: backward(x, None, x, w, kept[0], 1, True, *wants),
+        lambda: backward(x, None, x, w, kept, 1, True, *wants, True, w[:7]),
+        lambda: backward(x, None, x, w, kept, 1, True, *wants, True, w.bfloat16()),
     ]
-    if norm.parameters == 2:
-        calls += [
-            lambda: forward(x, w, w[:7], 1, 1e-5),
-            lambda: forward(x, None, w, 1, 1e-5),
-            lambda: forward(x, w, w.bfloat16(), 1, 1e-5),
-            lambda: backward(x, None, x, w, kept[0], 1, True, *wants),
-        ]
     for call in calls:
         with pytest.raises(RuntimeError):
             call()

@@ -24,6 +24,11 @@ def run_the_check(norm: Norm) -> None:
 # What is done to a forward kernel: f(x, residual, *parameters, dims, eps) -> y, total, kept.
 
 
+def scaled(y: Tensor, factor: Tensor, bias: Tensor) -> Tensor:
+    """Y with another rstd."""
+    return (y - bias) * factor[..., None] + bias
+
+
 def no_op(f: Any, x: Tensor, residual: Any, *rest: Any) -> Any:
     _, total, kept = f(x, residual, *rest)
     return (x if residual is None else total).clone(), total, kept
@@ -56,22 +61,21 @@ def sample_variance(f: Any, x: Tensor, residual: Any, *rest: Any) -> Any:
     y, total, (first, rstd) = f(x, residual, *rest)
     variance = (rstd**-2 - rest[-1]) * n / (n - 1)
     new = (variance + rest[-1]).rsqrt()
-    bias = rest[1]
-    return (y - bias) * (new / rstd)[..., None] + bias, total, torch.stack((first, new))
+    return scaled(y, new / rstd, rest[1]), total, torch.stack((first, new))
 
 
 def forgets_the_implied_feature(f: Any, x: Tensor, residual: Any, *rest: Any) -> Any:
     y, total, (first, rstd) = f(x, residual, *rest)
     d = x.shape[-1] + 1
     new = (rstd**-2 - first.square() / d).rsqrt()
-    return y * (new / rstd)[..., None], total, torch.stack((first, new))
+    return scaled(y, new / rstd, rest[1]), total, torch.stack((first, new))
 
 
 def divides_by_the_stored_features(f: Any, x: Tensor, residual: Any, *rest: Any) -> Any:
     y, total, (first, rstd) = f(x, residual, *rest)
     eps, n = rest[-1], x.shape[-1]
     new = ((rstd**-2 - eps) * (n + 1) / n + eps).rsqrt()
-    return y * (new / rstd)[..., None], total, torch.stack((first, new))
+    return scaled(y, new / rstd, rest[1]), total, torch.stack((first, new))
 
 
 def skips_the_last_feature(f: Any, *rest: Any) -> Any:
@@ -92,7 +96,7 @@ def statistics_without_the_residual(f: Any, x: Tensor, residual: Any, *rest: Any
         return f(x, residual, *rest)
     rstd = [f(given, None, *rest)[2].reshape(-1, *x.shape[:-1])[-1] for given in (x, total)]
     y, _, kept = f(total, None, *rest)
-    return y * (rstd[0] / rstd[1])[..., None], total, kept
+    return scaled(y, rstd[0] / rstd[1], rest[1]), total, kept
 
 
 # What is done to a backward kernel: f(grad, grad_total, x, weight, kept, dims, wants_x, *wants).
@@ -155,7 +159,7 @@ FORWARD = [
     (CRMS, divides_by_the_stored_features),
     (LAYER, does_not_centre),
     (LAYER, sample_variance),
-    (LAYER, ignores_bias),
+    *((norm, ignores_bias) for norm in NORMS),
 ]
 BACKWARD = [
     *((norm, misses_the_projection) for norm in NORMS),
@@ -164,7 +168,7 @@ BACKWARD = [
     *((norm, drops_a_row_from_the_parameters) for norm in NORMS),
     (CRMS, misses_the_sum),
     (LAYER, misses_the_mean_of_g),
-    (LAYER, swaps_the_parameters),
+    *((norm, swaps_the_parameters) for norm in NORMS),
 ]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.simt import build
 from tests.simt.variants import CHUNK, VARIANTS, Planned, Variant, blocks_of
-from tests.support.norms import LAYER, RMS, Norm, every_norm
+from tests.support.norms import LAYER, Norm, every_norm
 from tests.support.rules import random_tensors
 
 pytestmark = pytest.mark.skipif(not build.available(), reason="no C++ compiler")
@@ -234,14 +234,20 @@ def test_layer_norm_reads_a_row_again_that_begins_far_from_its_mean() -> None:
 
 
 def backward(
-    norm: Norm, x: Tensor, weight: Tensor | None, wants_weight: bool, total: bool = False
+    norm: Norm,
+    x: Tensor,
+    weight: Tensor | None,
+    wants_weight: bool,
+    total: bool = False,
+    bias: Tensor | None = None,
 ) -> Callable[[], object]:
     grad = torch.randn_like(x)
     _, kept = norm.op("forward", "reference")(x, *[None] * norm.parameters, 1, 1e-5)
     grad_total = torch.randn_like(x) if total else None
     wants = [wants_weight] * norm.parameters
     kernel = norm.op("backward", "simt")
-    return lambda: kernel(grad, grad_total, x, weight, kept, 1, True, *wants)
+    from_y = () if bias is None else (True, bias)
+    return lambda: kernel(grad, grad_total, x, weight, kept, 1, True, *wants, *from_y)
 
 
 @pytest.mark.parametrize(
@@ -249,10 +255,11 @@ def backward(
     [
         (1, torch.float32),
         (96, torch.bfloat16),
-        (8191, torch.float32),
+        (4095, torch.float32),  # without 16-byte accesses the registers hold half as much
         (8192, torch.float32),
         (8192, torch.bfloat16),
         (4096, torch.float64),
+        (2047, torch.float64),
     ],
 )
 @every_norm
@@ -260,8 +267,6 @@ def test_the_backward_pass_moves_held_rows_once(
     norm: Norm, features: int, dtype: torch.dtype
 ) -> None:
     rows, size = 3, dtype.itemsize
-    if norm is not RMS and features == 8191:
-        features = 4095  # without 16-byte accesses its registers hold half as much
     x, weight = torch.randn(rows, features).to(dtype), torch.ones(features, dtype=dtype)
     acc = 8 if dtype == torch.float64 else 4
     build.load()
@@ -288,6 +293,11 @@ def test_the_backward_pass_moves_held_rows_once(
     weights_from_cache, share = rows * features * size, norm.parameters * features * acc
     assert seen.read == 2 * rows * features * size + kept + weights_from_cache + share
     assert seen.written == rows * features * size + share + norm.parameters * features * size
+
+    # From y: the weight once more, and the bias, from cache; nothing else.
+    from_y = counts(backward(norm, x, weight, wants_weight=True, bias=weight))
+    assert from_y.read == seen.read + 2 * weights_from_cache
+    assert (from_y.launches, from_y.written) == (seen.launches, seen.written)
 
 
 @pytest.mark.parametrize("features", [8193, 8196])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from effkern.backends.reference.dtypes import accumulation_dtype
-from tests.simt import build, stored
+from tests.simt import build, stored, test_norm_softmax
 from tests.simt.variants import CHUNK, DTYPES, VARIANTS, Variant, at_offset
 from tests.support.norms import CRMS, NORMS, Norm, every_norm
 from tests.support.rules import Tensors, random_tensors
@@ -118,7 +118,8 @@ def test_every_instance_runs() -> None:
     """Of each dtype: one kernel for each variant of a rule and a second one for LAMB, one of sums
     of squares, one of the sum of shares, and for each norm four of the forward's two (aligned or
     not) and six of the backward's three. For tensors stored otherwise, two for each launch of a
-    variant, with states in 8 bits and without, but one where there are no states.
+    variant, with states in 8 bits and without, but one where there are no states. NormSoftmax's:
+    tests/simt/test_norm_softmax.py.
     """
     simt = build.load()
     for dtype, variant in product(DTYPES, VARIANTS):
@@ -134,7 +135,10 @@ def test_every_instance_runs() -> None:
         wants = [True] * len(parameters)
         _, kept = norm.op("forward", "simt")(x, *parameters, 1, 1e-5)
         norm.op("backward", "simt")(x, None, x, parameters[0], kept, 1, True, *wants)
-    of_norms = len(NORMS) * (4 + 6) + 1
+    for dtype in DTYPES:
+        for run in test_norm_softmax.instances(dtype):
+            run()
+    of_norms = len(NORMS) * (4 + 6) + 1 + test_norm_softmax.INSTANCES
     assert simt.kernels() == 4 * (len(VARIANTS) + 2 + of_norms) + 2 * (len(VARIANTS) + 1) - 1
 
 

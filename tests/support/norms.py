@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,17 +13,19 @@ from torch import Tensor
 
 from effkern.backends.reference.dtypes import accumulation_dtype
 from effkern.nn.functional import crms_norm, layer_norm, rms_norm
+from effkern.ops.norm import affine_norm
 
 Parameters = Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)
 class Norm:
-    """One member of the family.
+    """One member of the family, with a weight and a bias.
 
     Attributes:
         name: of the function and of its ops.
-        parameters: how many tensors of parameters it takes: the weight, and the bias.
+        public_parameters: how many of them its public function takes; with a bias that it does not
+            take, `affine_norm` is called.
         numbers: how many a row the kernels keep for the backward pass.
         many_dims: whether several dimensions can be normalised together.
         function: effkern's, called with x, the number of dimensions, the parameters, eps, residual.
@@ -32,12 +34,13 @@ class Norm:
     """
 
     name: str
-    parameters: int
+    public_parameters: int
     numbers: int
     many_dims: bool
     function: Callable[..., Any]
     eager: Callable[[Tensor, int, Parameters, float], Tensor]
     centred: bool = False
+    parameters: ClassVar[int] = 2
 
     def __str__(self) -> str:
         return self.name
@@ -50,9 +53,11 @@ class Norm:
         eps: float | None = 1e-5,
         residual: Tensor | None = None,
     ) -> Any:
-        """Effkern's; parameters past those that it takes are left out."""
+        """Effkern's."""
         padded = [*parameters, None, None][: self.parameters]
-        return self.function(x, dims, padded, eps, residual)
+        if any(parameter is not None for parameter in padded[self.public_parameters :]):
+            return affine_norm(self.name, x, _shape(x, dims), *padded, eps, residual)
+        return self.function(x, dims, padded[: self.public_parameters], eps, residual)
 
     def op(self, kind: str, overload: str = "default") -> Any:
         """The kernel op: "forward", "add_forward" or "backward"."""
@@ -71,9 +76,7 @@ class Norm:
 
     def random_parameters(self, shape: Sequence[int], **options: Any) -> list[Tensor]:
         """A weight around one, and a bias around zero."""
-        return [torch.rand(shape, **options) + 0.5, torch.randn(shape, **options)][
-            : self.parameters
-        ]
+        return [torch.rand(shape, **options) + 0.5, torch.randn(shape, **options)]
 
 
 def _shape(x: Tensor, dims: int) -> torch.Size:
@@ -81,7 +84,9 @@ def _shape(x: Tensor, dims: int) -> torch.Size:
 
 
 def _eager_rms_norm(x: Tensor, dims: int, parameters: Parameters, eps: float) -> Tensor:
-    return F.rms_norm(x, _shape(x, dims), parameters[0], eps)
+    weight, bias = parameters
+    y = F.rms_norm(x, _shape(x, dims), weight, eps)
+    return y if bias is None else (y + bias).to(x.dtype)
 
 
 def _eager_crms_norm(x: Tensor, dims: int, parameters: Parameters, eps: float) -> Tensor:
@@ -89,8 +94,11 @@ def _eager_crms_norm(x: Tensor, dims: int, parameters: Parameters, eps: float) -
     wide = x.to(accumulation_dtype(x.dtype))
     squares = wide.square().sum(-1, keepdim=True) + wide.sum(-1, keepdim=True).square()
     y = wide * torch.rsqrt(squares / (x.shape[-1] + 1) + eps)
-    if parameters[0] is not None:
-        y = y * parameters[0]
+    weight, bias = parameters
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
     return y.to(x.dtype)
 
 

@@ -20,7 +20,7 @@ def test_a_cpu_tensor_needs_the_interpreter() -> None:
         "needs a CUDA tensor, or TRITON_INTERPRET=1 set before Python starts; got a CPU tensor"
     )
     with pytest.raises(RuntimeError, match=message):
-        rms_norm_forward(torch.ones(2, 8), None, None, 1, 1e-6)
+        rms_norm_forward(torch.ones(2, 8), None, None, None, 1, 1e-6)
     tensors, steps = [torch.ones(3)], [torch.zeros(())]
     with pytest.raises(RuntimeError, match=message):
         step_("adagrad", tensors, tensors, tensors, steps, [], [], [], **ADAGRAD)

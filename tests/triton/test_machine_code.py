@@ -54,6 +54,8 @@ def test_every_kernel_is_there(rows: list[Row]) -> None:
     kernels = {
         name.removesuffix("_kernel") for name in vars(norm_kernels) if name.endswith("_kernel")
     }
+    softmax = {f"norm_softmax_{name}" for name in ("forward", "backward")}
+    kernels |= softmax | {f"{name}_long" for name in softmax} | {"cross_entropy"}
     kernels |= {f"{rule}_update" for rule in RULES} | {"lamb_advance", "squares"}
     assert {family(row) for row in rows} == kernels
     assert {row.arch for row in rows} == set(ARCHITECTURES)
@@ -78,7 +80,7 @@ def test_registers_allow_the_occupancy_that_the_kernels_state(rows: list[Row]) -
             assert row.registers <= 64, row
         elif family(row) == "norm_forward":
             assert row.registers <= 64, row  # up to 1,024 threads a program
-        elif family(row) == "norm_backward":
+        elif family(row) == "norm_backward" or family(row).startswith("norm_softmax_"):
             assert row.registers <= 128, row  # up to 512 threads a program
 
 
@@ -110,16 +112,18 @@ def test_what_a_launch_may_specialise_compiles(
     weight = torch.empty(shape[-1], dtype=torch.float16, device="meta")
 
     def calls() -> None:
-        rms_norm_forward(x, None, weight, 1, 1e-6)
-        rms_norm_forward(x, x, None, 1, 1e-6)
-        rms_norm_backward(x, None, x, None, rstd, 1, True, False)
-        rms_norm_backward(x, x, x, weight, rstd, 1, False, True)
+        rms_norm_forward(x, None, weight, None, 1, 1e-6)
+        rms_norm_forward(x, x, None, None, 1, 1e-6)
+        rms_norm_backward(x, None, x, None, rstd, 1, True, False, False)
+        rms_norm_backward(x, x, x, weight, rstd, 1, False, True, False)
+        rms_norm_backward(x, None, x, weight, rstd, 1, True, True, True, True, weight)
         kept = torch.stack((rstd, rstd))
         layer_norm_forward(x, x, weight, weight, 1, 1e-6)
         layer_norm_backward(x, x, x, weight, kept, 1, True, False, True)
         layer_norm_backward(x, None, x, None, kept, 1, True, False, False)
+        layer_norm_backward(x, None, x, None, kept, 1, True, False, False, True)
 
     launches = record(calls)
-    assert len(launches) >= 8
+    assert len(launches) >= 10
     for launch in launches:
         assert compile_for(launch, 90).asm["cubin"]

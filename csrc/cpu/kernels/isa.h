@@ -19,6 +19,7 @@ NormKernels rms_norm();
 NormKernels crms_norm();
 NormKernels layer_norm();
 NormSoftmaxKernels norm_softmax();
+void norm_softmax_cross_entropy(const NormSoftmaxCrossEntropyTask&, int64_t begin, int64_t end);
 void norm_attention_forward(const NormAttentionForward&, int64_t begin, int64_t end);
 void norm_attention_backward(const NormAttentionBackward&, int64_t begin, int64_t end);
 #define EFFKERN_DECLARE(Rule, name) \

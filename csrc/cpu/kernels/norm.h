@@ -28,6 +28,22 @@ EFFKERN_INLINE V weighted(V v, const W* weight, int64_t i, int64_t count) {
   }
 }
 
+// What was normalised, from the y at `i` and the numbers kept of its row.
+template <class N, class T, class W>
+EFFKERN_INLINE Vec<T> restored_at(const T* y, const W* weight, const W* bias, int64_t i,
+                                  int64_t count, NormRow<Acc<T>> numbers,
+                                  NormBounds<Acc<T>> bounds) {
+  Vec<T> xhat = load_some(y + i, count);
+  if constexpr (!__is_same(W, NoWeight)) {
+    Vec<T> of_weight = load_some(weight + i, count), of_bias = {};
+    // Past the end of the row stand zeros, by which nothing is divided.
+    if (count < kLanes<T>) of_weight = with_rest<T>(of_weight, count, 1);
+    if (bias) of_bias = load_some(bias + i, count);
+    xhat = xhat_of(xhat, of_weight, of_bias, bounds);
+  }
+  return N::restored(xhat, numbers);
+}
+
 template <class V>
 EFFKERN_INLINE NormSums<V> merged(const NormSums<V>& a, const NormSums<V>& b) {
   return {a.first + b.first, a.second + b.second};
@@ -125,11 +141,14 @@ void forward_rows(const NormForward& args, int64_t begin, int64_t end) {
 
 // `share` takes the rows' part of kSums sums for each feature, one after another, zero before the
 // first row.
-template <class N, class T, class W, int kSums, bool kGradTotal>
+template <class N, class T, class W, int kSums, bool kGradTotal, bool kFromY>
 void backward_rows(const NormBackward& args, Acc<T>* share, int64_t begin, int64_t end) {
   using S = Acc<T>;
   const int64_t features = args.features;
   const W* const weight = static_cast<const W*>(args.weight);
+  const W* const bias = static_cast<const W*>(args.bias);
+  const NormBounds<S> bounds = {static_cast<S>(least_beside_bias(args.dtype)),
+                                static_cast<S>(least_weight(args.dtype))};
   const bool streamed = args.grad_x && is_streamed<T>(args.grad_x, args.rows, features);
 
   for (int64_t row = begin; row < end; ++row) {
@@ -137,8 +156,16 @@ void backward_rows(const NormBackward& args, Acc<T>* share, int64_t begin, int64
     const T* const x = static_cast<const T*>(args.x) + row_offset(args.x_rows, row);
     const NormRow<S> numbers = kept_of<N, S>(args.statistics, args.rows, row);
 
+    const auto normalised_at = [&](int64_t i, int64_t count) EFFKERN_LAMBDA {
+      if constexpr (kFromY) {
+        return restored_at<N, T>(x, weight, bias, i, count, numbers, bounds);
+      } else {
+        return load_some(x + i, count);
+      }
+    };
+
     const auto add = [&](NormSums<Vec<T>>& sums, int64_t i, int64_t count) EFFKERN_LAMBDA {
-      const Vec<T> g = load_some(grad + i, count), v = load_some(x + i, count);
+      const Vec<T> g = load_some(grad + i, count), v = normalised_at(i, count);
       N::add_backward(sums, weighted(g, weight, i, count), v, numbers);
       if constexpr (kSums >= 1) {
         S* const p = share + i;
@@ -160,7 +187,7 @@ void backward_rows(const NormBackward& args, Acc<T>* share, int64_t begin, int64
     }
     for_each_vector<T>(features, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA {
       const Vec<T> g = weighted(load_some(grad + i, count), weight, i, count);
-      Vec<T> out = N::grad_x(g, load_some(x + i, count), numbers, projection);
+      Vec<T> out = N::grad_x(g, normalised_at(i, count), numbers, projection);
       if constexpr (kGradTotal) out += load_some(grad_total + i, count);
       put(grad_x + i, out, count, streamed);
     });
@@ -168,7 +195,7 @@ void backward_rows(const NormBackward& args, Acc<T>* share, int64_t begin, int64
   if (streamed) finish_streams();
 }
 
-template <class N, class T, class W, int kSums, bool kGradTotal>
+template <class N, class T, class W, int kSums, bool kGradTotal, bool kFromY>
 void backward_chunks(const NormBackward& args, int64_t chunk_rows, void* partial, int64_t begin,
                      int64_t end) {
   for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -180,7 +207,7 @@ void backward_chunks(const NormBackward& args, int64_t chunk_rows, void* partial
     }
     const int64_t first = chunk * chunk_rows;
     const int64_t last = first + chunk_rows < args.rows ? first + chunk_rows : args.rows;
-    backward_rows<N, T, W, kSums, kGradTotal>(args, share, first, last);
+    backward_rows<N, T, W, kSums, kGradTotal, kFromY>(args, share, first, last);
   }
 }
 
@@ -225,7 +252,7 @@ void forward(const NormForward& args, int64_t begin, int64_t end) {
   with_types(args.dtype, args.weight != nullptr, args.weight_dtype, [&](auto input, auto weight) {
     using T = decltype(input);
     using W = decltype(weight);
-    if constexpr (N::kHasBias && !__is_same(W, NoWeight)) {
+    if constexpr (!__is_same(W, NoWeight)) {
       if (args.bias) {
         return args.residual ? forward_rows<N, T, W, true, true>(args, begin, end)
                              : forward_rows<N, T, W, true, false>(args, begin, end);
@@ -244,15 +271,17 @@ void backward(const NormBackward& args, int64_t chunk_rows, void* partial, int64
     using W = decltype(weight);
     const auto with_sums = [&](auto sums) {
       constexpr int kSums = decltype(sums)::kCount;
-      args.grad_total
-          ? backward_chunks<N, T, W, kSums, true>(args, chunk_rows, partial, begin, end)
-          : backward_chunks<N, T, W, kSums, false>(args, chunk_rows, partial, begin, end);
+      const auto with_source = [&](auto from_y) {
+        constexpr bool kFromY = decltype(from_y)::kCount != 0;
+        args.grad_total
+            ? backward_chunks<N, T, W, kSums, true, kFromY>(args, chunk_rows, partial, begin, end)
+            : backward_chunks<N, T, W, kSums, false, kFromY>(args, chunk_rows, partial, begin, end);
+      };
+      args.x_is_y ? with_source(Count<1>{}) : with_source(Count<0>{});
     };
     if constexpr (!__is_same(W, NoWeight)) {
-      if constexpr (N::kHasBias) {
-        if (args.sums() == 2) return with_sums(Count<2>{});
-      }
-      if (args.sums() >= 1) return with_sums(Count<1>{});
+      if (args.sums() == 2) return with_sums(Count<2>{});
+      if (args.sums() == 1) return with_sums(Count<1>{});
     }
     with_sums(Count<0>{});
   });

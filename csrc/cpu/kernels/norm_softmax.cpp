@@ -1,6 +1,6 @@
 // NormSoftmax, a row at a time: the first pass over a row brings it into the nearest cache and the
 // others find it there, so each byte of memory is read once and written once. The exponentials of a
-// row of more than kHeld elements are computed twice.
+// long row are computed in each pass that needs them.
 // clang-format off: the vectors' functions must be declared before the formulas
 #include "cpu/kernels/isa.h"
 #include "cpu/kernels/strided.h"
@@ -10,7 +10,29 @@
 namespace effkern::cpu::EFFKERN_ISA {
 namespace {
 
-constexpr int64_t kHeld = 8192;
+// The exponentials of a row, kept from the first pass over them to the others; those of a long row
+// are computed anew.
+template <class S>
+class Exponentials {
+ public:
+  explicit Exponentials(int64_t features) : held_(features <= kHeld) {}
+
+  template <class Row>
+  EFFKERN_MEMBER auto keep(const Row& row, int64_t i, int64_t count) {
+    const auto e = row.exponentials(i, count);
+    if (held_) store_some(values_ + i, e, count);
+    return e;
+  }
+  template <class Row>
+  EFFKERN_MEMBER auto at(const Row& row, int64_t i, int64_t count) const {
+    return held_ ? load_some(values_ + i, count) : row.exponentials(i, count);
+  }
+
+ private:
+  static constexpr int64_t kHeld = 8192;
+  bool held_;
+  S values_[kHeld];
+};
 
 // The rows of a task, some at a time where they are strided.
 template <class T, class M>
@@ -67,31 +89,19 @@ void forward_rows(const NormSoftmaxForward& args, int64_t begin, int64_t end) {
   SoftmaxRows<T, M> rows(args);
   RowsOut<T> out(args.y, args.y_rows, features);
   const bool streamed = out.is_dense() && is_streamed<T>(args.y, args.rows, features);
-  const bool held = features <= kHeld;
-  S exponentials[kHeld];
+  Exponentials<S> held(features);
 
   const auto work = [&](int64_t r, int64_t) {
     const SoftmaxRow<T, M> row = rows[r];
     T* const y = out[r];
     if (row.visible() == 0) return fill_zeros(y, features);
     const auto merge = [](V a, V b) EFFKERN_LAMBDA { return a + b; };
-    const auto add = [&](V& sum, int64_t i, int64_t count) EFFKERN_LAMBDA {
-      const V e = row.exponentials(i, count);
-      if (held) store_some(exponentials + i, e, count);
-      sum += e;
-    };
+    const auto add = [&](V& sum, int64_t i, int64_t count)
+                         EFFKERN_LAMBDA { sum += held.keep(row, i, count); };
     const S factor = S(1) / sum_lanes(over_row<T>(features, V{}, merge, add));
-    const auto finish = [&](const auto& e_at) EFFKERN_LAMBDA {
-      for_each_vector<T>(features, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA {
-        put(y + i, e_at(i, count) * factor, count, streamed);
-      });
-    };
-    if (held) {
-      finish([&](int64_t i, int64_t count)
-                 EFFKERN_LAMBDA { return load_some(exponentials + i, count); });
-    } else {
-      finish([&](int64_t i, int64_t count) EFFKERN_LAMBDA { return row.exponentials(i, count); });
-    }
+    for_each_vector<T>(features, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA {
+      put(y + i, held.at(row, i, count) * factor, count, streamed);
+    });
   };
   over_rows(
       begin, end, rows.is_dense() && out.is_dense() ? 1 : neighbours(features),
@@ -107,7 +117,9 @@ template <class T, class M>
 void backward_rows(const NormSoftmaxBackward& args, int64_t begin, int64_t end) {
   using S = Acc<T>;
   using V = Vec<T>;
-  using Sums = SoftmaxSums<V>;
+  struct Sums {
+    V e, eg;
+  };
   const int64_t features = args.features;
   SoftmaxRows<T, M> rows(args);
   RowsIn<T> grads(args.grad, args.grad_rows, features);
@@ -115,8 +127,7 @@ void backward_rows(const NormSoftmaxBackward& args, int64_t begin, int64_t end) 
   S* const grad_tau = static_cast<S*>(args.grad_tau);
   const bool streamed =
       args.grad_x && out.is_dense() && is_streamed<T>(args.grad_x, args.rows, features);
-  const bool held = features <= kHeld;
-  S exponentials[kHeld];
+  Exponentials<S> held(features);
 
   const auto work = [&](int64_t r, int64_t number) {
     const SoftmaxRow<T, M> row = rows[r];
@@ -127,34 +138,35 @@ void backward_rows(const NormSoftmaxBackward& args, int64_t begin, int64_t end) 
       if (grad_tau) grad_tau[number] = 0;
       return;
     }
-    const auto merge = [](const Sums& a, const Sums& b) EFFKERN_LAMBDA {
-      return Sums{a.e + b.e, a.eg + b.eg, a.ec + b.ec, a.egc + b.egc};
+    const auto merge_sums = [](const Sums& a, const Sums& b)
+                                EFFKERN_LAMBDA { return Sums{a.e + b.e, a.eg + b.eg}; };
+    const auto add_sums = [&](Sums& sums, int64_t i, int64_t count) EFFKERN_LAMBDA {
+      const V e = held.keep(row, i, count);
+      sums.e += e;
+      sums.eg += e * row.visible_of(grad, i, count);
     };
-    const auto add = [&](Sums& sums, int64_t i, int64_t count) EFFKERN_LAMBDA {
-      const V e = row.exponentials(i, count);
-      if (held) store_some(exponentials + i, e, count);
-      sums.add(e, row.visible_of(grad, i, count), row.centred(i, count));
+    const Sums sums = over_row<T>(features, Sums{}, merge_sums, add_sums);
+    SoftmaxGradient<S> gradient{};
+    gradient.factor = S(1) / sum_lanes(sums.e);
+    gradient.mean_g = sum_lanes(sums.eg) * gradient.factor;
+    gradient.inverse = S(1) / row.divisor().value;
+
+    const auto dz_at = [&](int64_t i, int64_t count) EFFKERN_LAMBDA {
+      return softmax_grad_logit(held.at(row, i, count), row.visible_of(grad, i, count), gradient);
     };
-    const Sums all = over_row<T>(features, Sums{}, merge, add);
-    const SoftmaxSums<S> sums{sum_lanes(all.e), sum_lanes(all.eg), sum_lanes(all.ec),
-                              sum_lanes(all.egc)};
-    const SoftmaxGradient<S> gradient =
-        softmax_gradient(sums, row.squares(), row.divisor(), rows.tau());
-    if (grad_tau) grad_tau[number] = gradient.grad_tau;
-    if (!grad_x) return;
-    const auto finish = [&](const auto& e_at) EFFKERN_LAMBDA {
-      for_each_vector<T>(features, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA {
-        const V dx = softmax_grad_x(e_at(i, count), row.visible_of(grad, i, count),
-                                    row.centred(i, count), gradient);
-        put(grad_x + i, dx, count, streamed);
-      });
-    };
-    if (held) {
-      finish([&](int64_t i, int64_t count)
-                 EFFKERN_LAMBDA { return load_some(exponentials + i, count); });
-    } else {
-      finish([&](int64_t i, int64_t count) EFFKERN_LAMBDA { return row.exponentials(i, count); });
+    if (row.divisor().is_sigma || grad_tau) {
+      const auto merge = [](V a, V b) EFFKERN_LAMBDA { return a + b; };
+      const auto add = [&](V& sum, int64_t i, int64_t count)
+                           EFFKERN_LAMBDA { sum += dz_at(i, count) * row.centred(i, count); };
+      const S along = sum_lanes(over_row<T>(features, V{}, merge, add));
+      gradient.on_c = softmax_on_c(along, row.squares(), row.divisor());
+      if (grad_tau) grad_tau[number] = softmax_grad_tau(along, rows.tau(), row.divisor());
     }
+    if (!grad_x) return;
+    for_each_vector<T>(features, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA {
+      const V dx = softmax_grad_x(dz_at(i, count), row.centred(i, count), gradient);
+      put(grad_x + i, dx, count, streamed);
+    });
   };
   const bool dense = rows.is_dense() && grads.is_dense() && out.is_dense();
   over_rows(

@@ -90,7 +90,9 @@ class SoftmaxRow {
   }
 
   int64_t visible() const { return count_; }
+  S mean() const { return mean_; }
   S squares() const { return squares_; }
+  S origin() const { return origin_; }  // without biases the largest number
   SoftmaxDivisor<S> divisor() const { return divisor_; }
 
   // Of the vector at i: e, the distribution up to a factor; 0 at hidden entries and past the end.
@@ -101,12 +103,17 @@ class SoftmaxRow {
     return mask.visible ? exponential(z) : V{};
   }
   // x - mean; 0 where exponentials are.
-  EFFKERN_MEMBER V centred(int64_t i, int64_t count) const {
-    return mask_.at(i, count).visible ? load_some(x_ + i, count) - mean_ : V{};
+  EFFKERN_MEMBER V centred(int64_t i, int64_t count) const { return less(mean_, i, count); }
+  // x less a number, and any vector; 0 where exponentials are.
+  EFFKERN_MEMBER V less(S number, int64_t i, int64_t count) const {
+    return inside(load_some(x_ + i, count) - number, i, count);
+  }
+  EFFKERN_MEMBER V inside(V v, int64_t i, int64_t count) const {
+    return mask_.at(i, count).visible ? v : V{};
   }
   // Another row's vector, 0 where exponentials are.
   EFFKERN_MEMBER V visible_of(const T* row, int64_t i, int64_t count) const {
-    return mask_.at(i, count).visible ? load_some(row + i, count) : V{};
+    return inside(load_some(row + i, count), i, count);
   }
 
  private:

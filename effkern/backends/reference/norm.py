@@ -34,6 +34,10 @@ class Formula:
         """Xhat, like x."""
         raise NotImplementedError
 
+    def restored(self, xhat: Tensor, statistics: Tensor, dims: int) -> Tensor:
+        """X, of which xhat is the norm."""
+        return xhat / _beside_row(statistics, dims)
+
     def grad_x(self, g: Tensor, x: Tensor, statistics: Tensor, dims: int) -> Tensor:
         """The gradient of x, from that of xhat."""
         raise NotImplementedError
@@ -79,6 +83,10 @@ class CrmsNorm(Formula):
         """See `Formula`."""
         return x * _beside_row(statistics[1], dims)
 
+    def restored(self, xhat: Tensor, statistics: Tensor, dims: int) -> Tensor:
+        """See `Formula`."""
+        return super().restored(xhat, statistics[1], dims)
+
     def grad_x(self, g: Tensor, x: Tensor, statistics: Tensor, dims: int) -> Tensor:
         """See `Formula`."""
         d = x.shape[-dims:].numel() + 1
@@ -106,6 +114,11 @@ class LayerNorm(Formula):
         """See `Formula`."""
         mean, rstd = (_beside_row(number, dims) for number in statistics)
         return (x - mean) * rstd
+
+    def restored(self, xhat: Tensor, statistics: Tensor, dims: int) -> Tensor:
+        """See `Formula`."""
+        mean, rstd = (_beside_row(number, dims) for number in statistics)
+        return mean + xhat / rstd
 
     def grad_x(self, g: Tensor, x: Tensor, statistics: Tensor, dims: int) -> Tensor:
         """See `Formula`."""
@@ -137,8 +150,8 @@ def forward(
         norm: which.
         x: of shape ``(*rows, *normalized_shape)``.
         residual: of x's shape and dtype, or None.
-        parameters: the weight and, for LayerNorm, the bias; of shape ``normalized_shape``, any
-            floating dtype, or None.
+        parameters: the weight and the bias; of shape ``normalized_shape``, any floating dtype, or
+            None.
         dims: the number of normalised dimensions, counted from the last.
         eps: added under the root.
 
@@ -151,7 +164,7 @@ def forward(
     wide = total.to(acc)
     kept = norm.statistics(wide, dims, eps)
     y = norm.normalised(wide, kept, dims)
-    weight, bias = [*parameters, None][:2]
+    weight, bias = parameters
     if weight is not None:
         y = y * weight.to(acc)
     if bias is not None:
@@ -169,6 +182,8 @@ def backward(
     dims: int,
     wants_x: bool,
     wants: Sequence[bool],
+    x_is_y: bool = False,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The gradients of `forward` with respect to x (and the residual, whose is the same) and the
     parameters.
@@ -183,6 +198,9 @@ def backward(
         dims: as forward had it.
         wants_x: whether grad_x is computed.
         wants: the same for each parameter's.
+        x_is_y: whether x is what forward returned as y; what was normalised is then restored from
+            it, as NaN for features whose weight leaves too little of it (`leaves_enough`).
+        bias: as forward had it; of use where ``x_is_y``.
 
     Returns:
         grad_x like x, and a gradient like weight for each parameter; an empty tensor for one that
@@ -190,6 +208,12 @@ def backward(
     """
     acc = accumulation_dtype(x.dtype)
     wide, g = x.to(acc), grad.to(acc)
+    if x_is_y:
+        if weight is not None:
+            b = weight.new_zeros(weight.shape, dtype=acc) if bias is None else bias.to(acc)
+            enough = leaves_enough(weight.to(acc), b, x.dtype)
+            wide = torch.where(enough, (wide - b) / weight.to(acc), torch.nan)
+        wide = norm.restored(wide, statistics, dims)
     grad_x = x.new_empty(0)
     if wants_x:
         weighted = g if weight is None else g * weight.to(acc)
@@ -207,6 +231,33 @@ def backward(
         total = each.sum(list(range(rows))) if rows else each.clone()
         gradients.append(total.to(weight.dtype).contiguous())
     return grad_x, *gradients
+
+
+#: Of a y's dtype, how large a weight must be beside the bias, and alone: sqrt(eps), and the
+#: smallest normal number over it. The same stands in csrc/common/norm.h.
+LEAST_BESIDE_BIAS = {
+    torch.float32: 2.0**-11,
+    torch.float64: 2.0**-26,
+    torch.bfloat16: 2.0**-3,
+    torch.float16: 2.0**-5,
+}
+LEAST_WEIGHT = {
+    torch.float32: 2.0**-115,
+    torch.float64: 2.0**-996,
+    torch.bfloat16: 2.0**-123,
+    torch.float16: 2.0**-9,
+}
+
+
+def leaves_enough(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """For each feature, whether ``(y - bias) / weight`` has at least half of the digits of y, whose
+    dtype this is.
+    """
+    magnitude = weight.abs()
+    enough = magnitude >= LEAST_WEIGHT[dtype]
+    if bias is not None:
+        enough = enough & (magnitude >= bias.abs() * LEAST_BESIDE_BIAS[dtype])
+    return enough
 
 
 def _last(dims: int) -> list[int]:

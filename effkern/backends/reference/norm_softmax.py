@@ -193,6 +193,74 @@ def norm_softmax_cross_entropy(
     return loss.to(logits.dtype)
 
 
+def cross_entropy_rows(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    tau: Tau,
+    eps: float,
+    label_smoothing: float,
+    ignore_index: int,
+    scale: Tensor | None,
+    wants_logits: bool,
+    wants_tau: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's loss, and ``scale`` times its gradients.
+
+    Args:
+        logits: shape ``(N, C)``.
+        target: class indices of shape ``(N,)``, or probabilities like logits.
+        weight: of each class, or None.
+        tau: the temperature.
+        eps: the least divisor.
+        label_smoothing: as PyTorch has it.
+        ignore_index: of rows that have no loss.
+        scale: of each row, or one for all.
+        wants_logits: whether the gradient of the logits is computed.
+        wants_tau: whether the shares of tau's gradient are.
+
+    Returns:
+        The losses and tau's shares, of shape ``(N,)`` in the accumulation dtype, with the logits'
+        gradient between them; an empty tensor for a gradient that is not wanted.
+    """
+    c, variance, count = centred(logits, None, 1)
+    divided_by = divisor(variance, count, tau, eps)
+    is_sigma, is_tau = branches(variance, count, tau, eps)
+    log_p = torch.log_softmax(c / divided_by, 1)
+    a = _coefficients(target, weight, label_smoothing, ignore_index, log_p)
+    loss = -(a * log_p).sum(1)
+    grad, grad_tau = logits.new_empty(0), c.new_empty(0)
+    if scale is None:
+        return loss, grad, grad_tau
+    if not target.is_floating_point():
+        scale = torch.where(
+            target == ignore_index, 0, scale
+        )  # that of a mean of no rows is infinite
+    dz = log_p.exp() * a.sum(1, keepdim=True) - a
+    along = (dz * c).sum(1, keepdim=True)
+    if wants_logits:
+        squares = torch.where(is_sigma, variance * count, 1)
+        of_sigma = torch.where(is_sigma, c * along / squares, 0)
+        grad = ((dz - of_sigma) / divided_by * scale.reshape(-1, 1)).to(logits.dtype)
+    if wants_tau:
+        grad_tau = torch.where(is_tau, -along / tau**2, 0).flatten() * scale
+    return loss, grad, grad_tau
+
+
+def _coefficients(
+    target: Tensor, weight: Tensor | None, smoothing: float, ignore_index: int, like: Tensor
+) -> Tensor:
+    """What the loss multiplies the logarithms by, less its sign; zeros in ignored rows."""
+    a = torch.full_like(like, smoothing / max(like.shape[1], 1))
+    if target.is_floating_point():
+        a = a + target.to(like.dtype) * (1 - smoothing)
+        return a if weight is None else a * weight
+    ignored = (target == ignore_index)[:, None]
+    index = torch.where(ignored, 0, target[:, None])
+    a = a.scatter_add(1, index, torch.full_like(like[:, :1], 1 - smoothing))
+    return torch.where(ignored, 0, a if weight is None else a * weight)
+
+
 def _softmax(z: Tensor, visible: Tensor | None, bias: Tensor | None, dim: int) -> Tensor:
     """The softmax over visible entries of z + bias; rows without one are zeros."""
     if bias is not None:

@@ -3,6 +3,9 @@
 The first moves the states on and sums the squares of each chunk of the parameter and of its
 direction; the last program of a tensor adds those up. The second goes along the direction, computed
 again from the states. Per float32 element 16 bytes are read and 8 written, then 12 and 4.
+
+The sums are taken in a fixed order, but in another one where a tensor does not lie at a multiple of
+16 bytes: the last digits of the norms, and with them of the step, are then others.
 """
 
 from __future__ import annotations

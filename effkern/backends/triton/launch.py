@@ -7,8 +7,9 @@ import contextlib
 import torch
 import triton
 
-#: Fused multiply-add, as nvcc compiles the CUDA kernels; Triton's own default is about to change.
-COMPILER_OPTIONS = {"enable_fp_fusion": True}
+#: No products fused with sums: the compiler fuses other ones in each branch of a kernel, and what a
+#: step gives would depend on whether its tensors lie at multiples of 16 bytes.
+COMPILER_OPTIONS = {"enable_fp_fusion": False}
 
 
 def device_guard(tensor: torch.Tensor, op: str) -> contextlib.AbstractContextManager[object]:

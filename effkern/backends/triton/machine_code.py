@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from effkern.backends.table import QUANTIZED_BLOCK
 from effkern.backends.triton import norm as norms
+from effkern.backends.triton import norm_softmax, norm_softmax_cross_entropy
 from effkern.backends.triton.numerics import TRITON_DTYPE
 from effkern.backends.triton.rules import RULES
 from effkern.backends.triton.squares import squares_
@@ -92,6 +93,7 @@ def main_paths() -> Iterator[Path]:
             for features in (768, 8192, 16384):
                 backward = partial(_norm_backward, norm, dtype, features)
                 yield Path(f"{norm}_backward", f"{norm} {name} x {features}", backward)
+    yield from _norm_softmax_paths()
     for rule in RULES:
         if rule != "adam":
             yield Path(rule, "float32", partial(_step, rule, torch.float32))
@@ -106,6 +108,21 @@ def main_paths() -> Iterator[Path]:
     call = partial(_mixed_step, "adam", torch.bfloat16, "int8", stochastic=True)
     yield Path("adam", "bfloat16, int8, stochastic", call)
     yield Path("squares", "float32", _squares)
+
+
+def _norm_softmax_paths() -> Iterator[Path]:
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        for features, has_mask in ((16384, False), (8192, True), (65536, False)):
+            mask = ", mask" if has_mask else ""
+            forward = partial(_norm_softmax, dtype, features, has_mask, False)
+            yield Path("norm_softmax_forward", f"{name} x {features}{mask}", forward)
+        for features, has_mask in ((8192, True), (65536, False)):
+            mask = ", mask" if has_mask else ""
+            backward = partial(_norm_softmax, dtype, features, has_mask, True)
+            yield Path("norm_softmax_backward", f"{name} x {features}{mask}", backward)
+        call = partial(_cross_entropy, dtype)
+        yield Path("norm_softmax_cross_entropy", f"{name} x 50304", call)
 
 
 def record(call: Callable[[], None]) -> list[Launch]:
@@ -294,13 +311,30 @@ def _squares() -> None:
 
 def _norm_forward(norm: str, dtype: torch.dtype, features: int) -> None:
     x = torch.empty(_ROWS, features, dtype=dtype, device="meta")
-    parameters = [x[0]] * (2 if norm == "layer_norm" else 1)
-    getattr(norms, f"{norm}_forward")(x, x, *parameters, 1, 1e-6)
+    getattr(norms, f"{norm}_forward")(x, x, x[0], x[0], 1, 1e-6)
 
 
 def _norm_backward(norm: str, dtype: torch.dtype, features: int) -> None:
     x = torch.empty(_ROWS, features, dtype=dtype, device="meta")
     numbers = 1 if norm == "rms_norm" else 2
     kept = torch.empty(numbers * _ROWS, dtype=torch.float32, device="meta")
-    wants = [True] * (2 if norm == "layer_norm" else 1)
-    getattr(norms, f"{norm}_backward")(x, x, x, x[0], kept, 1, True, *wants)
+    getattr(norms, f"{norm}_backward")(x, x, x, x[0], kept, 1, True, True, True)
+
+
+def _norm_softmax(dtype: torch.dtype, features: int, has_mask: bool, backward: bool) -> None:
+    """``has_mask``: an additive one."""
+    x = torch.empty(_ROWS, features, dtype=dtype, device="meta")
+    call = x, x if has_mask else None, None, 1.0, 1e-6, 1
+    if backward:
+        norm_softmax.backward(x, *call, True, False)
+    else:
+        norm_softmax.forward(*call)
+
+
+def _cross_entropy(dtype: torch.dtype) -> None:
+    logits = torch.empty(_ROWS, 50304, dtype=dtype, device="meta")
+    target = torch.empty(_ROWS, dtype=torch.int64, device="meta")
+    scale = torch.empty((), device="meta")
+    norm_softmax_cross_entropy.rows(
+        logits, target, None, None, 1.0, 1e-6, 0.0, -100, scale, True, False
+    )

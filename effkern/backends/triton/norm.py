@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from effkern.backends.reference.norm import LEAST_BESIDE_BIAS, LEAST_WEIGHT
 from effkern.backends.triton.checks import check_device, check_dtype, check_like
 from effkern.backends.triton.launch import COMPILER_OPTIONS, device_guard
 from effkern.backends.triton.norm_formulas import CRMS_NORM, LAYER_NORM, RMS_NORM
@@ -63,10 +63,7 @@ def _forward(
     rows, features, acc = _extents(x, dims)
     if residual is not None:
         check_like(residual, "residual", x, "x")
-    _check_parameter(weight, "weight", features, x)
-    _check_parameter(bias, "bias", features, x)
-    if bias is not None and (weight is None or weight.dtype != bias.dtype):
-        raise RuntimeError("bias needs a weight of its dtype beside it")
+    _check_parameters(weight, bias, features, x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = y.new_empty(0) if residual is None else torch.empty_like(y)
     shape = x.shape[: x.dim() - dims]
@@ -107,12 +104,14 @@ def _backward(
     wants_x: bool,
     wants_weight: bool,
     wants_bias: bool,
+    x_is_y: bool = False,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, features, acc = _extents(x, dims)
     check_like(grad, "grad", x, "x")
     if grad_total is not None:
         check_like(grad_total, "grad_total", x, "x")
-    _check_parameter(weight, "weight", features, x)
+    _check_parameters(weight, bias, features, x)
     check_device(statistics, "statistics", x, "x")
     if statistics.dtype != acc or statistics.numel() != norm.numbers * rows:
         raise RuntimeError(
@@ -140,8 +139,12 @@ def _backward(
         x, x_rows = as_rows(x, dims)
         statistics = statistics.contiguous()
         weight = None if weight is None else weight.contiguous()
+        bias = bias.contiguous() if x_is_y and bias is not None else None
         tile = tile_for(features, acc, BACKWARD_ROW_BYTES)
         options = {
+            "X_IS_Y": x_is_y,
+            "LEAST": LEAST_WEIGHT[x.dtype] if x_is_y else 0.0,
+            "LEAST_BESIDE_BIAS": LEAST_BESIDE_BIAS[x.dtype] if x_is_y else 0.0,
             "NORM": norm.code,
             "ACC": TRITON_DTYPE[acc],
             "BLOCK": tile.block,
@@ -157,6 +160,7 @@ def _backward(
                 grad,
                 x,
                 weight,
+                bias,
                 statistics,
                 projections,
                 grad_rows,
@@ -173,6 +177,7 @@ def _backward(
             grad_total,
             x,
             weight,
+            bias,
             statistics,
             projections,
             grad_x if wants_x else None,
@@ -213,6 +218,15 @@ def _extents(x: torch.Tensor, dims: int) -> tuple[int, int, torch.dtype]:
     return math.prod(x.shape[:split]), math.prod(x.shape[split:]), accumulation_dtype(x.dtype)
 
 
+def _check_parameters(
+    weight: torch.Tensor | None, bias: torch.Tensor | None, features: int, x: torch.Tensor
+) -> None:
+    _check_parameter(weight, "weight", features, x)
+    _check_parameter(bias, "bias", features, x)
+    if bias is not None and (weight is None or weight.dtype != bias.dtype):
+        raise RuntimeError("bias needs a weight of its dtype beside it")
+
+
 def _check_parameter(
     parameter: torch.Tensor | None, name: str, features: int, x: torch.Tensor
 ) -> None:
@@ -232,28 +246,9 @@ def _stretch_rows(rows: int, tile_rows: int) -> int:
     return triton.cdiv(max(triton.cdiv(rows, STRETCHES), STRETCH_ROWS), tile_rows) * tile_rows
 
 
-def _of_weight_alone(norm: Norm) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Forward and backward of a norm without a bias."""
-
-    def forward(
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        dims: int,
-        eps: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return _forward(norm, x, residual, weight, None, dims, eps)
-
-    def backward(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        arguments: list[Any] = [*call, False]
-        return _backward(norm, *arguments)[:2]
-
-    return forward, backward
-
-
 # The ops ``effkern::_NAME_forward`` and ``_add_NAME_forward`` are the first of each pair, which
 # takes a residual or None and returns y, total (empty without a residual) and the statistics;
 # ``_NAME_backward`` is the second: the gradients of x and the parameters, empty where not wanted.
-rms_norm_forward, rms_norm_backward = _of_weight_alone(RMS)
-crms_norm_forward, crms_norm_backward = _of_weight_alone(CRMS)
+rms_norm_forward, rms_norm_backward = partial(_forward, RMS), partial(_backward, RMS)
+crms_norm_forward, crms_norm_backward = partial(_forward, CRMS), partial(_backward, CRMS)
 layer_norm_forward, layer_norm_backward = partial(_forward, LAYER), partial(_backward, LAYER)

@@ -74,6 +74,32 @@ def centred(values, first, NORM: tl.constexpr):
 
 
 @triton.jit
+def restored(
+    y,
+    weight,
+    bias,
+    first,
+    rstd,
+    LEAST: tl.constexpr,
+    LEAST_BESIDE_BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """What was normalised, from y; NaN where the weight is smaller than the least. Weight and bias
+    are None where there are none.
+    """
+    if weight is not None:
+        enough = tl.abs(weight) >= LEAST
+        if bias is not None:
+            enough = enough & (tl.abs(weight) >= tl.abs(bias) * LEAST_BESIDE_BIAS)
+            y = y - bias
+        y = tl.where(enough, y / tl.where(enough, weight, 1.0), float("nan"))
+    y = y / rstd
+    if NORM == LAYER_NORM:
+        y = y + first
+    return y
+
+
+@triton.jit
 def projection_of(products, rstd, features, NORM: tl.constexpr):
     """The mean of g * xhat, from the sum of g * `centred`."""
     if NORM == CRMS_NORM:

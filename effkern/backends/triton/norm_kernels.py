@@ -21,6 +21,7 @@ from effkern.backends.triton.norm_formulas import (
     kept_of_rows,
     kept_of_sums,
     projection_of,
+    restored,
     variance_of,
 )
 from effkern.backends.triton.numerics import to_accumulator, to_storage
@@ -86,8 +87,10 @@ def load_total(x, x_offset, residual, residual_offset, column, inside, ACC: tl.c
 
 @triton.jit
 def load_parameter(parameter, column, features, ACC: tl.constexpr):
-    """The weights or biases of these columns, in the accumulation type."""
-    return to_accumulator(tl.load(parameter + column, mask=column < features, other=0), ACC)
+    """The weights or biases of these columns, in the accumulation type; ones, by which may be
+    divided, where there are none.
+    """
+    return to_accumulator(tl.load(parameter + column, mask=column < features, other=1), ACC)
 
 
 @triton.jit
@@ -101,13 +104,13 @@ def store_kept(statistics, row, rows, first, rstd, mask, NORM: tl.constexpr):
 
 @triton.jit
 def load_kept(statistics, row, rows, mask, NORM: tl.constexpr):
-    """The first number and rstd of rows; zeros where there are none."""
+    """The first number and rstd of rows; zero and one where there are none."""
     if NORM == RMS_NORM:
-        rstd = tl.load(statistics + row, mask=mask, other=0)
+        rstd = tl.load(statistics + row, mask=mask, other=1)
         first = rstd
     else:
         first = tl.load(statistics + row, mask=mask, other=0)
-        rstd = tl.load(statistics + rows + row, mask=mask, other=0)
+        rstd = tl.load(statistics + rows + row, mask=mask, other=1)
     return first, rstd
 
 
@@ -258,12 +261,16 @@ def norm_projection_kernel(
     grad,
     x,
     weight,
+    bias,
     statistics,
     projections,
     grad_rows,
     x_rows,
     rows,
     features,
+    X_IS_Y: tl.constexpr,
+    LEAST: tl.constexpr,
+    LEAST_BESIDE_BIAS: tl.constexpr,
     NORM: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -281,9 +288,24 @@ def norm_projection_kernel(
     for start in range(0, length, BLOCK):
         column = start + tl.arange(0, BLOCK)
         g = to_accumulator(tl.load(grad_row + column, mask=column < length, other=0), ACC)
-        if weight is not None:
-            g = g * load_parameter(weight, column, length, ACC)
         values = to_accumulator(tl.load(x_row + column, mask=column < length, other=0), ACC)
+        weight_values, bias_values = None, None
+        if bias is not None:
+            bias_values = load_parameter(bias, column, length, ACC)
+        if weight is not None:
+            weight_values = load_parameter(weight, column, length, ACC)
+            g = g * weight_values
+        if X_IS_Y:
+            values = restored(
+                values,
+                weight_values,
+                bias_values,
+                first,
+                rstd,
+                LEAST,
+                LEAST_BESIDE_BIAS,
+                NORM,
+            )
         products += g * centred(values, first, NORM)
         if NORM == LAYER_NORM:
             plain += g
@@ -300,6 +322,7 @@ def norm_backward_kernel(
     grad_total,
     x,
     weight,
+    bias,
     statistics,
     projections,
     grad_x,
@@ -310,8 +333,11 @@ def norm_backward_kernel(
     rows,
     features,
     stretch_rows,
-    NORM: tl.constexpr,
     SUMS: tl.constexpr,
+    X_IS_Y: tl.constexpr,
+    LEAST: tl.constexpr,
+    LEAST_BESIDE_BIAS: tl.constexpr,
+    NORM: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -320,14 +346,18 @@ def norm_backward_kernel(
 
     projections: None where a row fits; else what norm_projection_kernel wrote, and this is the
     second read. grad_x: None where it is not wanted. partials: (stretches, SUMS, features), for
-    the gradients of the weight and the bias; of use where SUMS is not 0.
+    the gradients of the weight and the bias; of use where SUMS is not 0. X_IS_Y: whether x is y, of
+    which what was normalised is restored; bias is None elsewhere.
     """
     stretch = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     begin = stretch * stretch_rows
     end = tl.minimum(begin + stretch_rows, rows)
+    weight_values, bias_values = None, None
     if weight is not None:
         weight_values = load_parameter(weight, column, features, ACC)[None, :]
+    if bias is not None:
+        bias_values = load_parameter(bias, column, features, ACC)[None, :]
     if SUMS >= 1:
         of_weight = tl.zeros((ROWS, BLOCK), ACC)
     if SUMS == 2:
@@ -341,6 +371,17 @@ def norm_backward_kernel(
         g = to_accumulator(tl.load(grad + grad_offset, mask=inside, other=0), ACC)
         values = to_accumulator(tl.load(x + x_offset, mask=inside, other=0), ACC)
         first, rstd = load_kept(statistics, row, rows, row < end, NORM)
+        if X_IS_Y:
+            values = restored(
+                values,
+                weight_values,
+                bias_values,
+                first[:, None],
+                rstd[:, None],
+                LEAST,
+                LEAST_BESIDE_BIAS,
+                NORM,
+            )
         if SUMS >= 1:
             of_weight += g * (centred(values, first[:, None], NORM) * rstd[:, None])
         if SUMS == 2:

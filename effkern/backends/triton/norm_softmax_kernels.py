@@ -81,18 +81,11 @@ def exponentials_of_rows(c, bias, visible, inverse):
 
 
 @triton.jit
-def gradient_of_sums(e, eg, ec, egc, count, squares, is_sigma, is_tau, tau):
-    """Factor of the distribution, mean of g, sum(dz c) / sum(c^2) or 0, and tau's share.
-
-    Of a row without a visible entry, zeros.
-    """
-    some = count > 0
-    factor = tl.where(some, 1 / e, 0)
-    mean_g = eg * factor
-    along = (egc - mean_g * ec) * factor
+def of_along(along, count, squares, is_sigma, is_tau, tau):
+    """From sum(dz c): sum(dz c) / sum(c^2) or 0, and tau's share; zeros in a hidden row."""
+    along = tl.where(count > 0, along, 0)
     on_c = tl.where(is_sigma, along / squares, 0)
-    grad_tau = tl.where(is_tau, -along / (tau * tau), 0)
-    return factor, mean_g, on_c, grad_tau
+    return on_c, tl.where(is_tau, -along / (tau * tau), 0)
 
 
 @triton.jit
@@ -175,21 +168,14 @@ def norm_softmax_backward_kernel(
     number = temperature(tau, tau_value, ACC)
     divisor, is_sigma, is_tau = divisor_of(squares, count, number, scalar(eps, ACC))
     e = exponentials_of_rows(c, bias, visible, 1 / divisor)
-    factor, mean_g, on_c, of_tau = gradient_of_sums(
-        tl.sum(e, axis=1),
-        tl.sum(e * g, axis=1),
-        tl.sum(e * c, axis=1),
-        tl.sum(e * g * c, axis=1),
-        count,
-        squares,
-        is_sigma,
-        is_tau,
-        number,
-    )
+    factor = tl.where(count > 0, 1 / tl.sum(e, axis=1), 0)
+    mean_g = tl.sum(e * g, axis=1) * factor
+    dz = e * factor[:, None] * (g - mean_g[:, None])
+    along = tl.sum(dz * c, axis=1)
+    on_c, of_tau = of_along(along, count, squares, is_sigma, is_tau, number)
     if grad_tau is not None:
         tl.store(grad_tau + row, of_tau, mask=row < rows)
     if grad_x is not None:
-        dz = e * factor[:, None] * (g - mean_g[:, None])
         dx = (dz - c * on_c[:, None]) * (1 / divisor)[:, None]
         out = row_offset(row, grad_x_rows)[:, None] + column[None, :] * grad_x_stride
         tl.store(grad_x + out, to_storage(dx, grad_x.dtype.element_ty), mask=inside)
@@ -221,7 +207,7 @@ def find_long(
         values = load_x(x_row, column * x_stride, inside, ACC)
         counts += visible.to(ACC)
         distance = tl.where(visible, values - means, 0)
-        means += distance / larger(counts, scalar(1.0, ACC))
+        means += distance / tl.maximum(counts, 1)
         squares += tl.where(visible, distance * (values - means), 0)
     count = tl.sum(counts, axis=0)
     mean = tl.sum(counts * means, axis=0) / count
@@ -332,10 +318,13 @@ def norm_softmax_backward_long_kernel(
     divisor, is_sigma, is_tau = divisor_of(squares, count, number, scalar(eps, ACC))
     inverse = 1 / divisor
     tops = tl.full((BLOCK,), float("-inf"), ACC)
-    sums_e = tl.zeros((BLOCK,), ACC)
-    sums_eg = tl.zeros((BLOCK,), ACC)
-    sums_ec = tl.zeros((BLOCK,), ACC)
-    sums_egc = tl.zeros((BLOCK,), ACC)
+    # Of each lane: the sum of weights e, the weighted means of g and c, and the sum of weight times
+    # the product of their deviations. Kept so, and not as sums of products, it loses nothing where
+    # one weight is far above the others, as those of a sharp distribution are.
+    weights = tl.zeros((BLOCK,), ACC)
+    means_g = tl.zeros((BLOCK,), ACC)
+    means_c = tl.zeros((BLOCK,), ACC)
+    products = tl.zeros((BLOCK,), ACC)
     for start in range(0, features, BLOCK):
         column = (start + tl.arange(0, BLOCK)).to(tl.int64)
         inside = column < features
@@ -344,24 +333,25 @@ def norm_softmax_backward_long_kernel(
         g = load_x(grad_row, column * grad_stride, inside, ACC)
         z = c * inverse + bias
         tops, factor = raised(tops, z, visible)
-        e = tl.exp(z - tops)
-        sums_e = sums_e * factor + tl.where(visible, e, 0)
-        sums_eg = sums_eg * factor + tl.where(visible, e * g, 0)
-        sums_ec = sums_ec * factor + tl.where(visible, e * c, 0)
-        sums_egc = sums_egc * factor + tl.where(visible, e * g * c, 0)
+        e = tl.where(visible, tl.exp(z - tops), 0)
+        weights *= factor
+        both = weights + e
+        part = tl.where(both == 0, 0, e / both)
+        of_g = tl.where(visible, g - means_g, 0)
+        of_c = tl.where(visible, c - means_c, 0)
+        products = products * factor + of_g * of_c * (weights * part)
+        means_g += of_g * part
+        means_c += of_c * part
+        weights = both
     top = tl.max(tops, axis=0)
     scale = tl.where(tops == top, 1, tl.exp(tops - top))
-    factor, mean_g, on_c, of_tau = gradient_of_sums(
-        tl.sum(sums_e * scale, axis=0),
-        tl.sum(sums_eg * scale, axis=0),
-        tl.sum(sums_ec * scale, axis=0),
-        tl.sum(sums_egc * scale, axis=0),
-        count,
-        squares,
-        is_sigma,
-        is_tau,
-        number,
-    )
+    weights *= scale
+    factor = tl.where(count > 0, 1 / tl.sum(weights, axis=0), 0)
+    mean_g = tl.sum(weights * means_g, axis=0) * factor
+    mean_c = tl.sum(weights * means_c, axis=0) * factor
+    products = products * scale + weights * (means_g - mean_g) * (means_c - mean_c)
+    along = tl.sum(products, axis=0) * factor
+    on_c, of_tau = of_along(along, count, squares, is_sigma, is_tau, number)
     if grad_tau is not None:
         tl.store(grad_tau + row, of_tau)
     if grad_x is not None:

@@ -1,7 +1,7 @@
 """Numbers inside kernels: how storage becomes arithmetic and comes back.
 
-Square roots and quotients of float32 are Triton's approximate ones, within 2 units in the last
-place: the exact ones would cost a slow path for each element and more registers than Adam may have.
+Triton's own square roots and quotients of float32 are within 2 units in the last place; formulas
+take `root` and `quotient`, which are rounded to nearest.
 """
 
 from __future__ import annotations
@@ -55,6 +55,26 @@ def to_storage(x, DTYPE: tl.constexpr):
 def scalar(value, ACC: tl.constexpr):
     """A number that came as a float64 argument, in the accumulation type."""
     return tl.full((), value, ACC)
+
+
+@triton.jit
+def root(x):
+    """The square root, rounded to nearest."""
+    if x.dtype == tl.float32:
+        y = tl.sqrt_rn(x)
+    else:
+        y = tl.sqrt(x)
+    return y
+
+
+@triton.jit
+def quotient(a, b):
+    """The quotient a / b, rounded to nearest."""
+    if a.dtype == tl.float32:
+        y = tl.div_rn(a, b)
+    else:
+        y = a / b
+    return y
 
 
 @triton.jit

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from effkern.backends.triton.numerics import larger, scalar, sign_of
+from effkern.backends.triton.numerics import larger, quotient, root, scalar, sign_of
 
 #: Room for what the host makes of a rule's options.
 NUMBERS = 8
@@ -104,7 +104,7 @@ def adam_update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars, STATE
     if STATES & 4:
         max_exp_avg_sq = larger(max_exp_avg_sq, exp_avg_sq)
         second = max_exp_avg_sq
-    param = param - exp_avg * step_size / (tl.sqrt(second) * rsqrt_bias2 + eps)
+    param = param - quotient(exp_avg * step_size, root(second) * rsqrt_bias2 + eps)
     return param, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
@@ -207,7 +207,7 @@ def adagrad_update(param, grad, total, state1, state2, scalars, STATES: tl.const
     step_size, eps, l2, sign = scalars
     grad = signed_and_decayed(grad, param, sign, l2)
     total = total + grad * grad
-    return param - grad * step_size / (tl.sqrt(total) + eps), total, state1, state2
+    return param - quotient(grad * step_size, root(total) + eps), total, state1, state2
 
 
 @triton.jit
@@ -254,7 +254,7 @@ def rmsprop_update(param, grad, square_avg, buffer, grad_avg, scalars, STATES: t
         grad_avg = grad_avg + (grad - grad_avg) * one_minus_alpha
         # Rounding can bring it below 0.
         second = larger(square_avg - grad_avg * grad_avg, 0.0)
-    step = grad / (tl.sqrt(second) + eps)
+    step = quotient(grad, root(second) + eps)
     if STATES & 2:
         buffer = buffer * momentum + step
         step = buffer
@@ -291,7 +291,7 @@ def adadelta_update(param, grad, square_avg, acc_delta, state2, scalars, STATES:
     lr, rho, one_minus_rho, eps, l2, sign = scalars
     grad = signed_and_decayed(grad, param, sign, l2)
     square_avg = square_avg * rho + grad * one_minus_rho * grad
-    delta = tl.sqrt(acc_delta + eps) / tl.sqrt(square_avg + eps) * grad
+    delta = quotient(root(acc_delta + eps), root(square_avg + eps)) * grad
     acc_delta = acc_delta * rho + delta * one_minus_rho * delta
     return param - delta * lr, square_avg, acc_delta, state2
 
@@ -365,7 +365,7 @@ def lamb_advance(grad, exp_avg, exp_avg_sq, scalars):
 def lamb_direction(param, exp_avg, exp_avg_sq, scalars):
     """Both passes: where the parameter goes."""
     _, _, _, _, eps, decay, _sign, rbias1, rsqrt_bias2 = scalars
-    r = exp_avg * rbias1 / (tl.sqrt(exp_avg_sq) * rsqrt_bias2 + eps)
+    r = quotient(exp_avg * rbias1, root(exp_avg_sq) * rsqrt_bias2 + eps)
     return tl.where(decay != 0, r + param * decay, r)
 
 

@@ -31,11 +31,15 @@ def peak_memory(
         model.loss(tokens).backward()
         optimizer.step()
 
-    measure = _peak_on_gpu if tokens.device.type == "cuda" else _peak_on_cpu
-    return resident, resident + measure(step, tokens.device)
+    return resident, resident + peak_of(step, tokens.device)
 
 
-def _peak_on_gpu(work: Callable[[], None], device: torch.device) -> int:
+def peak_of(work: Callable[[], object], device: torch.device) -> int:
+    """The most bytes of tensors on ``device`` that ``work`` has at a time, beside those before."""
+    return _peak_on_gpu(work, device) if device.type == "cuda" else _peak_on_cpu(work)
+
+
+def _peak_on_gpu(work: Callable[[], object], device: torch.device) -> int:
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -44,7 +48,7 @@ def _peak_on_gpu(work: Callable[[], None], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _peak_on_cpu(work: Callable[[], None], device: torch.device) -> int:
+def _peak_on_cpu(work: Callable[[], object]) -> int:
     """The peak of what PyTorch's CPU allocator gave out, as its profiler saw it."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or it tells stderr that it starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
