@@ -182,7 +182,7 @@ def _attend(
         dropout_p=dropout_p,
         is_causal=causal and seen.for_softmax is None,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1] or q.shape[1] != v.shape[1],
+        enable_gqa=gqa,
     )
     if seen.some is not None:
         y = torch.where(seen.some, y, 0)
