@@ -25,14 +25,14 @@ struct NormAttentionTask {
 struct NormAttentionForward : NormAttentionTask {
   // Contiguous outputs.
   void* scaled;     // the queries over their divisors
-  void* shifted;    // the keys less a common offset, zero where hidden; null: not wanted
+  void* offset;     // of each head's keys: what may be taken off them all, often zeros
   void* deviation;  // of each row, in the accumulation type; infinity among fewer than two keys
 };
 
 struct NormAttentionBackward : NormAttentionTask {
   const void* grad_q;  // of `scaled`
   RowLayout grad_q_rows;
-  const void* grad_k;  // of `shifted`; null: none
+  const void* grad_k;  // of the keys less the offset; null: none
   RowLayout grad_k_rows;
   const void* deviation;
   // Contiguous outputs.

@@ -15,7 +15,6 @@ int64_t bytes_of_keys(const NormAttentionTask& task) {
 
 void forward(const NormAttentionForward& args, Device) {
   advise_huge_pages(args.scaled, bytes_of_queries(args));
-  if (args.shifted) advise_huge_pages(args.shifted, bytes_of_keys(args));
   cpu::norm_attention_forward(args, torch_threads);
 }
 

@@ -74,14 +74,14 @@ struct NormAttentionOps {
     NormAttentionForward task;
     const AttentionCall call(task, q, k, seen, tau, eps, scale, causal);
     Tensor scaled = like(q, task.dtype, call.device);
-    const bool shifts = !causal || size_of(task.dtype) >= 4;
-    Tensor shifted = shifts ? like(k, task.dtype, call.device) : absent(task.dtype, call.device);
+    const int64_t sizes[] = {task.batch, task.key_heads, 1, task.features};
+    Tensor offset = empty(sizes, 4, task.dtype, call.device);
     Tensor deviation = empty(q.sizes().data(), 3, accumulation_of(task.dtype), call.device);
     task.scaled = scaled.mutable_data_ptr();
-    task.shifted = shifts ? shifted.mutable_data_ptr() : nullptr;
+    task.offset = offset.mutable_data_ptr();
     task.deviation = deviation.mutable_data_ptr();
     if (task.features > 0) kForward(task, call.device);
-    return {std::move(scaled), std::move(shifted), std::move(deviation)};
+    return {std::move(scaled), std::move(offset), std::move(deviation)};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_q,

@@ -206,11 +206,7 @@ def divide(
     if by_scores and seen.mask is None and mask is not None:
         mask = mask[..., None, :]
     scaled, shifted = DividedQueries.apply(by_scores, q, k, mask, tau, eps, scale, seen.causal)
-    return scaled, shifted if _has_offset(q.dtype, by_scores or seen.causal) else k
-
-
-def _has_offset(dtype: torch.dtype, causal: bool) -> bool:
-    return not causal or dtype in (torch.float32, torch.float64)
+    return scaled, shifted
 
 
 class DividedQueries(torch.autograd.Function):
@@ -230,7 +226,10 @@ class DividedQueries(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """See `reference.norm_attention.forward`, or for ``by_scores`` its `masked_forward`."""
         forward, backward = (BY_SCORES if by_scores else KERNELS)(q)
-        scaled, shifted, deviation = forward(q, k, mask, tau, eps, scale, causal)
+        scaled, offset, deviation = forward(q, k, mask, tau, eps, scale, causal)
+        # A copy of the keys is spared where a look is free, and there is nothing to take off.
+        looks = k.is_cpu and not torch.compiler.is_compiling()
+        shifted = k if looks and not offset.any() else k - offset
         ctx.call = backward, by_scores, eps, scale, causal
         ctx.save_for_backward(q, k, mask, tau, deviation)
         ctx.set_materialize_grads(False)
@@ -241,8 +240,6 @@ class DividedQueries(torch.autograd.Function):
         """See `reference.norm_attention.backward`."""
         q, k, mask, tau, deviation = ctx.saved_tensors
         kernel, by_scores, eps, scale, causal = ctx.call
-        if not _has_offset(q.dtype, by_scores or causal):
-            grad_k = None
         if grad_q is None:
             grad_q = torch.zeros_like(q)
         _, wants_q, wants_k, _, wants_tau, *_ = ctx.needs_input_grad
@@ -292,8 +289,8 @@ def _twice_differentiable(
 def _forward_fake(
     q: Tensor, k: Tensor, seen: Tensor | None, tau: Tensor, eps: float, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shifted = k.new_empty(k.shape if _has_offset(q.dtype, causal) else 0)
-    return q.new_empty(q.shape), shifted, q.new_empty(q.shape[:-1], dtype=tau.dtype)
+    offset = k.new_empty((*k.shape[:2], 1, k.shape[3]))
+    return q.new_empty(q.shape), offset, q.new_empty(q.shape[:-1], dtype=tau.dtype)
 
 
 def _backward_fake(
@@ -311,7 +308,7 @@ def _backward_fake(
 declare(
     "_norm_attention_forward",
     "(Tensor q, Tensor k, Tensor? seen, Tensor tau, float eps, float scale, bool causal)"
-    " -> (Tensor scaled, Tensor shifted, Tensor deviation)",
+    " -> (Tensor scaled, Tensor offset, Tensor deviation)",
     fake=_forward_fake,
     reference=reference.forward,
     triton=reference.forward,
@@ -330,18 +327,11 @@ declare(
 KERNELS = Family("_norm_attention_forward", "_norm_attention_backward")
 
 
-def _by_scores_fake(
-    q: Tensor, k: Tensor, mask: Tensor | None, tau: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    shifted = k.new_empty(k.shape if _has_offset(q.dtype, True) else 0)
-    return q.new_empty(q.shape), shifted, q.new_empty(q.shape[:-1], dtype=tau.dtype)
-
-
 declare(
     "_norm_attention_by_scores_forward",
     "(Tensor q, Tensor k, Tensor? mask, Tensor tau, float eps, float scale, bool causal)"
-    " -> (Tensor scaled, Tensor shifted, Tensor deviation)",
-    fake=_by_scores_fake,
+    " -> (Tensor scaled, Tensor offset, Tensor deviation)",
+    fake=_forward_fake,
     reference=reference.masked_forward,
     triton=reference.masked_forward,
     libraries=(),

@@ -57,7 +57,7 @@ class Forward {
       }
       if (args_.causal) keys_.join_chunk(first, seen);
     }
-    if (args_.shifted) shift();
+    store_offset(unit);
   }
 
  private:
@@ -100,21 +100,15 @@ class Forward {
   }
 
   // See `offset` in effkern/backends/reference/norm_attention.py.
-  void shift() {
+  void store_offset(int64_t unit) {
     S* const offset = q_;
     clear(offset, stride_);
-    args_.causal ? offset_of_the_first_two(offset) : offset_of_all(offset);
-    const int64_t first_row = keys_.first_row();
-    for (int64_t j = 0; j < args_.keys; ++j) {
-      T* const to = static_cast<T*>(args_.shifted) + (first_row + j) * args_.features;
-      S* const shifted = q_ + stride_;
-      clear(shifted, stride_);
-      if (keys_.is_seen(j)) {
-        const S* const key = keys_.row(j);
-        for (int64_t i = 0; i < stride_; ++i) shifted[i] = key[i] - offset[i];
-      }
-      store_row(to, shifted, args_.features);
+    if (!args_.causal) {
+      offset_of_all(offset);
+    } else if (sizeof(T) >= sizeof(float)) {
+      offset_of_the_first_two(offset);
     }
+    store_row(static_cast<T*>(args_.offset) + unit * args_.features, offset, args_.features);
   }
 
   void offset_of_all(S* offset) const {
@@ -129,7 +123,8 @@ class Forward {
     for (int64_t j = 0; j < args_.keys && found < 2; ++j) {
       if (keys_.is_seen(j)) places[found++] = j;
     }
-    if (found < 2) places[1] = places[0];
+    if (found == 0) return;
+    if (found == 1) places[1] = places[0];
     S *const first = q_ + stride_, *const second = q_ + 2 * stride_,
              *const between = q_ + 3 * stride_;
     __builtin_memcpy(first, keys_.row(places[0]), static_cast<size_t>(stride_) * sizeof(S));

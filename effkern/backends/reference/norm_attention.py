@@ -123,10 +123,10 @@ def divisor(deviation: Tensor, tau: Tensor, eps: float) -> Tensor:
 def forward(
     q: Tensor, k: Tensor, seen: Tensor | None, tau: Tensor, eps: float, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries divided by their rows' deviations, keys less a common offset, and the deviations.
+    """Queries divided by their rows' deviations, an offset of the keys, and the deviations.
 
     An offset moves a row's scores together, so that their softmax stays. Where keys are far from
-    the origin, beside their spread, what `offset` finds is taken off: it would cost digits, which a
+    the origin, beside their spread, `offset` is to be taken off: it would cost digits, which a
     divisor as small as eps magnifies.
 
     Args:
@@ -139,8 +139,8 @@ def forward(
         causal: whether row i sees the keys up to i alone.
 
     Returns:
-        q divided; k less the offset, and zero where hidden, or empty in causal attention in 16
-        bits; the deviations, shape (B, H, L), in the accumulation dtype.
+        q divided; the offset, shape (B, Hk, 1, E), in k's dtype; the deviations, shape (B, H, L),
+        in the accumulation dtype.
     """
     acc = accumulation_dtype(q.dtype)
     keys = _centred(k.double(), seen)
@@ -148,12 +148,7 @@ def forward(
     deviation = variance.clamp(min=0).sqrt() * abs(scale)
     deviation = deviation.masked_fill(count < 2, math.inf).to(acc)
     scaled = _narrowed(q.to(acc) / divisor(deviation, tau, eps)[..., None], q.dtype)
-    if causal and q.dtype not in (torch.float32, torch.float64):
-        return scaled, k.new_empty(0), deviation
-    shifted = k.to(acc) - offset(k.to(acc), seen, causal)
-    if seen is not None:
-        shifted = shifted.masked_fill(~seen[..., None], 0)
-    return scaled, shifted.to(k.dtype).contiguous(), deviation
+    return scaled, offset(k, seen, causal), deviation
 
 
 def offset(k: Tensor, seen: Tensor | None, causal: bool) -> Tensor:
@@ -164,8 +159,15 @@ def offset(k: Tensor, seen: Tensor | None, causal: bool) -> Tensor:
     deviation from it. In causal attention nothing may depend on a later key, and only the first two
     are asked, for a row that sees but one does not depend on it: the first, where both are more
     than four times as long as their difference. (A first key of its own, as those of attention
-    sinks are, must not be taken off the others.)
+    sinks are, must not be taken off the others; in 16 bits none is, for two may be alike.)
     """
+    if causal and k.dtype not in (torch.float32, torch.float64):
+        return torch.zeros_like(k[..., :1, :])
+    found = _offset(k.to(accumulation_dtype(k.dtype)), seen, causal).to(k.dtype)
+    return found if seen is None else torch.where(seen.any(-1)[..., None, None], found, 0)
+
+
+def _offset(k: Tensor, seen: Tensor | None, causal: bool) -> Tensor:
     first = _key_at(k, seen, 0)
     if causal:
         second = _key_at(k, seen, 1)
@@ -198,8 +200,8 @@ def backward(
 
     Args:
         grad_q: with respect to the divided queries.
-        grad_k: with respect to the shifted keys, or None where there are none; what passes through
-            the offset is left out, for the softmax's gradients sum to zero over a row's keys.
+        grad_k: with respect to the keys less the offset, or None; what passes through the offset
+            is left out, for the softmax's gradients sum to zero over a row's keys.
         q: as forward had it, and so are k, seen, tau, eps, scale and causal.
         k: of forward.
         seen: of forward.
@@ -427,13 +429,7 @@ def masked_forward(
         As forward; a mask may be causal, so that the keys' offset is found as if it were.
     """
     acc = accumulation_dtype(q.dtype)
-    shifted, keys = k.new_empty(0), k.to(acc)
-    if q.dtype == acc:
-        seen = _seen_by_any(mask, k)
-        keys = keys - offset(keys, seen, True)
-        if seen is not None:
-            keys = keys.masked_fill(~seen[..., None], 0)
-        shifted = keys.contiguous()
+    keys, of_keys = _without_offset(k, mask)
     keys = _of_every_head(keys, q)
     deviation = torch.empty(q.shape[:-1], dtype=acc, device=q.device)
     for first, last in _stretches(q, k):
@@ -442,7 +438,7 @@ def masked_forward(
         rows = (variance.sqrt() * abs(scale)).masked_fill(count < 2, math.inf)
         deviation[..., first:last] = rows
     scaled = q.to(acc) / divisor(deviation, tau, eps)[..., None]
-    return _narrowed(scaled, q.dtype), shifted, deviation
+    return _narrowed(scaled, q.dtype), of_keys, deviation
 
 
 def masked_backward(
@@ -461,10 +457,7 @@ def masked_backward(
     acc = accumulation_dtype(q.dtype)
     wide = q.to(acc)
     of_queries, of_divisor, h = _through_the_divisor(grad_q.to(acc), wide, deviation, tau, eps)
-    seen = _seen_by_any(mask, k)
-    keys = k.to(acc) - offset(k.to(acc), seen, True)
-    if seen is not None:
-        keys = keys.masked_fill(~seen[..., None], 0)
+    keys, _ = _without_offset(k, mask)
     keys = _of_every_head(keys, q)
     of_keys = torch.zeros_like(keys)
     for first, last in _stretches(q, k):
@@ -476,9 +469,15 @@ def masked_backward(
     total = of_keys.unflatten(1, (k.shape[1], -1)).sum(2)
     if grad_k is not None:
         total = total + grad_k.to(acc)
-    if seen is not None:
-        total = total.masked_fill(~seen[..., None], 0)
     return of_queries.to(q.dtype).contiguous(), total.to(k.dtype).contiguous(), of_divisor
+
+
+def _without_offset(k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys in the accumulation dtype, zero where no row sees them, and the offset taken off."""
+    seen = _seen_by_any(mask, k)
+    taken = offset(k, seen, True)
+    keys = k.to(accumulation_dtype(k.dtype)) - taken
+    return keys if seen is None else keys.masked_fill(~seen[..., None], 0), taken
 
 
 def _seen_by_any(mask: Tensor | None, k: Tensor) -> Tensor | None:
