@@ -8,6 +8,7 @@ softmax over the features, does see a missing feature.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch.fx import Node
@@ -58,8 +59,8 @@ def _parts(state: Any) -> list[State]:
     return state if isinstance(state, list) else [state]
 
 
-def _lost(node: Node, read: list[State]) -> Lost:
-    return Lost(node, sources(read))
+def _lost(node: Node, read: Sequence[State]) -> Lost:
+    return Lost(node, sources(list(read)))
 
 
 def _moves_features(node: Node, state: Shift) -> bool:
