@@ -24,7 +24,7 @@ from effkern.cli.console import progress
 from effkern.convert.runtime import BiasedRMSNorm
 
 #: Seconds that the rounds of one case may take.
-SECONDS = 15.0
+SECONDS = 8.0
 MOST_ROUNDS, FEWEST_ROUNDS = 101, 9
 
 #: Calls of every norm under one reading of the clock, where the norms alone are timed.
@@ -32,6 +32,9 @@ CALLS = 4
 
 #: The copy whose norms are gone: what a norm that costs nothing would give.
 BOUND = "no norms"
+
+#: Ends the name of a case of all the model's norms and nothing else.
+ALONE = ", the norms alone"
 
 
 def vit(name: str) -> torch.nn.Module:
@@ -130,7 +133,7 @@ def measure(name: str) -> Result:
             if key != BOUND
         }
         times = alternate(alone, rounds=MOST_ROUNDS, clock=clock, calls=CALLS)
-        cases.append(Case(f"{case}, the norms alone", make_rows(times), of_overhead=True))
+        cases.append(Case(f"{case}{ALONE}", make_rows(times), of_overhead=True))
     settings = {"device": "cpu", "threads": torch.get_num_threads(), "dtype": "float32"}
     notes = [f"{len(report.swapped)} norms converted, {len(report.left)} left"]
     return Result("inference", settings, machine.describe(), cases, notes=notes)
@@ -144,12 +147,18 @@ def print_table() -> None:
     for name in MODELS:
         file = RESULTS / f"inference_{name}.json"
         cases = json.loads(file.read_text())["cases"] if file.exists() else []
-        for whole, alone in zip(cases[::2], cases[1::2], strict=True):
-            rows, norms = ({row["name"]: row for row in case["rows"]} for case in (whole, alone))
-            stock = tables.duration(rows["stock"]["seconds"]["median"])
-            spreads = rows["stock"], rows[BOUND], norms["stock"]
-            ratios = [as_ratio(row["speedup"]) for row in spreads]
-            print(f"| {whole['name']} | {stock} | {' | '.join(ratios)} |")
+        by_name = {
+            case["name"]: {row["name"]: row["speedup"] for row in case["rows"]} for case in cases
+        }
+        for case in cases:
+            whole = by_name[case["name"]]
+            if BOUND not in whole:
+                continue
+            (stock,) = [row["seconds"] for row in case["rows"] if row["name"] == "stock"]
+            alone = by_name.get(f"{case['name']}{ALONE}", {})
+            spreads = whole["stock"], whole[BOUND], alone.get("stock")
+            ratios = [as_ratio(spread) if spread else "-" for spread in spreads]
+            print(f"| {case['name']} | {tables.duration(stock['median'])} | {' | '.join(ratios)} |")
 
 
 def as_ratio(speedup: dict[str, Any]) -> str:

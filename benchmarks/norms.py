@@ -1,7 +1,7 @@
 """How fast are RMSNorm, LayerNorm and CRMSNorm over rows, beside the strongest peers?
 
-python benchmarks/norms.py [SIZE ...]   measures; results/norms_SIZE.json. SIZE: features of a row, or
-                                        1576x384: so many rows, and features
+python benchmarks/norms.py [SIZE ...]   measures; results/norms_SIZE.json. SIZE: features, or
+                                        1576x384: rows and features
 python benchmarks/norms.py --table      prints the tables of docs/measured.md
 """
 

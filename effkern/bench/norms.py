@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,36 +42,27 @@ class Contender:
     function: Norm
 
 
-def _rms_norm(
-    x: Tensor, parameters: tuple[Tensor, ...], residual: Tensor | None
-) -> tuple[Tensor, ...]:
-    arguments = x, x.shape[-1:], *parameters, EPS
-    if residual is None:
-        return (functional.rms_norm(*arguments),)
-    return functional.rms_norm(*arguments, residual=residual)
+def _over_the_last(function: Callable[..., Any]) -> Norm:
+    """A `Norm` from a function that is told which dimensions to normalise."""
 
+    def run(
+        x: Tensor, parameters: tuple[Tensor, ...], residual: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        if residual is None:
+            return (function(x, x.shape[-1:], *parameters, EPS),)
+        return function(x, x.shape[-1:], *parameters, EPS, residual=residual)  # type: ignore[no-any-return]
 
-def _layer_norm(
-    x: Tensor, parameters: tuple[Tensor, ...], residual: Tensor | None
-) -> tuple[Tensor, ...]:
-    arguments = x, x.shape[-1:], *parameters, EPS
-    if residual is None:
-        return (functional.layer_norm(*arguments),)
-    return functional.layer_norm(*arguments, residual=residual)
-
-
-def _crms_norm(
-    x: Tensor, parameters: tuple[Tensor, ...], residual: Tensor | None
-) -> tuple[Tensor, ...]:
-    if residual is None:
-        return (functional.crms_norm(x, *parameters, EPS),)
-    return functional.crms_norm(x, *parameters, EPS, residual=residual)
+    return run
 
 
 NORMS = {
-    "rms_norm": Contender("RMSNorm", 1, _rms_norm),
-    "layer_norm": Contender("LayerNorm", 2, _layer_norm),
-    "crms_norm": Contender("CRMSNorm", 1, _crms_norm),
+    "rms_norm": Contender("RMSNorm", 1, _over_the_last(functional.rms_norm)),
+    "layer_norm": Contender("LayerNorm", 2, _over_the_last(functional.layer_norm)),
+    "crms_norm": Contender(
+        "CRMSNorm",
+        1,
+        _over_the_last(lambda x, _, *rest, **how: functional.crms_norm(x, *rest, **how)),
+    ),
 }
 
 

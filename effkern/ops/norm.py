@@ -100,8 +100,8 @@ def _declare_kernels(norm: Norm) -> None:
         )
 
     def backward(*call: Any) -> tuple[Tensor, ...]:
-        *of_rows, wants_weight, wants_bias = call[:9]
-        return reference.backward(formula, *of_rows, (wants_weight, wants_bias), *call[9:])
+        arguments: list[Any] = [*call[:7], call[7:9], *call[9:]]
+        return reference.backward(formula, *arguments)
 
     module = "effkern.backends.triton.norm"
     triton_forward = imported_at_first_call(f"{module}:{name}_forward")
@@ -343,8 +343,8 @@ def _leaves_enough(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> boo
     ):
         return True
     acc = accumulation_dtype(y.dtype)
-    wide = [None if parameter is None else parameter.to(acc) for parameter in (weight, bias)]
-    return bool(reference.leaves_enough(*wide, y.dtype).all())
+    of_bias = None if bias is None else bias.to(acc)
+    return bool(reference.leaves_enough(weight.to(acc), of_bias, y.dtype).all())
 
 
 def _gradients(
