@@ -18,6 +18,9 @@ else
 READY := build
 endif
 
+# A file of tests runs in one of two processes, whose threads do not spin while they wait.
+PYTEST = OMP_WAIT_POLICY=passive $(VENV_PYTHON) -m pytest -n 2 --dist loadfile
+
 CXX_FILES = $(shell find csrc tests/simt -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help demo test test-full test-oldest check format build environment environment-oldest clean
@@ -36,10 +39,10 @@ demo: $(READY)
 	@$(VENV_PYTHON) -m effkern.cli demo $(ARGS)
 
 test: check
-	@$(VENV_PYTHON) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-full: check
-	@$(VENV_PYTHON) -m pytest -m "slow or not slow" $(ARGS)
+	@$(PYTEST) -m "slow or not slow" $(ARGS)
 
 check: $(READY)
 	@echo "== ruff format";  $(VENV_PYTHON) -m ruff format --check .

@@ -21,10 +21,14 @@ from effkern.bench.progress import counter
 from effkern.bench.results import OURS, Case, Result, make_rows
 from effkern.bench.timers import Contestant, WallClock, alternate
 from effkern.cli.console import progress
+from effkern.convert.runtime import BiasedRMSNorm
 
 #: Seconds that the rounds of one case may take.
 SECONDS = 15.0
 MOST_ROUNDS, FEWEST_ROUNDS = 101, 9
+
+#: Calls of every norm under one reading of the clock, where the norms alone are timed.
+CALLS = 4
 
 #: The copy whose norms are gone: what a norm that costs nothing would give.
 BOUND = "no norms"
@@ -39,7 +43,7 @@ def vit(name: str) -> torch.nn.Module:
 def gpt2() -> torch.nn.Module:
     import transformers
 
-    config = transformers.GPT2Config(use_cache=False, return_dict=False)
+    config = transformers.GPT2Config(use_cache=False)
     return transformers.GPT2LMHeadModel(config)
 
 
@@ -52,11 +56,12 @@ def tokens(batch: int) -> torch.Tensor:
 
 
 Make = Callable[[], torch.nn.Module]
-MODELS: dict[str, tuple[str, Make, Callable[[int], torch.Tensor], tuple[int, ...]]] = {
-    "vit_ti": ("ViT-Ti/16", lambda: vit("tiny"), images, (1, 8, 32)),
-    "vit_s": ("ViT-S/16", lambda: vit("small"), images, (1, 8)),
-    "gpt2": ("GPT-2 small, 128 tokens", gpt2, tokens, (1, 4)),
+MODELS: dict[str, tuple[str, Make, Callable[[int], torch.Tensor]]] = {
+    "vit_ti": ("ViT-Ti/16", lambda: vit("tiny"), images),
+    "vit_s": ("ViT-S/16", lambda: vit("small"), images),
+    "gpt2": ("GPT-2 small, 128 tokens", gpt2, tokens),
 }
+BATCHES = (1, 4)
 
 
 def without_norms(model: torch.nn.Module) -> torch.nn.Module:
@@ -67,17 +72,40 @@ def without_norms(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def calls_of_norms(model: torch.nn.Module, x: torch.Tensor) -> Callable[[object], None]:
+    """All norms of a model, one after another, on inputs of the shapes that they get."""
+    calls: list[tuple[torch.nn.Module, torch.Tensor]] = []
+
+    def note(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        calls.append((module, torch.randn_like(args[0])))
+
+    hooks = [
+        module.register_forward_pre_hook(note)
+        for module in model.modules()
+        if isinstance(module, torch.nn.LayerNorm | BiasedRMSNorm)
+    ]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+
+    def run(_: object) -> None:
+        for module, tensor in calls:
+            module(tensor)
+
+    return run
+
+
 @torch.no_grad()
 def measure(name: str) -> Result:
-    title, make, inputs, batches = MODELS[name]
+    title, make, inputs = MODELS[name]
     torch.manual_seed(0)
     stock = make().eval()
     bound = without_norms(copy.deepcopy(stock))
     converted = copy.deepcopy(stock)
-    report = effkern.convert.to_rmsnorm(converted, (inputs(2),)).report
+    report = effkern.convert.to_rmsnorm(converted, (inputs(1),)).report
     models = {OURS: converted, "stock": stock, BOUND: bound}
     cases = []
-    for batch in batches:
+    for batch in BATCHES:
         x = inputs(batch)
         contestants = {
             key: Contestant(lambda _, model=model, x=x: model(x)) for key, model in models.items()
@@ -87,28 +115,41 @@ def measure(name: str) -> Result:
         alternate(contestants, rounds=1, clock=clock, warm_up=0)
         once = clock.seconds(start, clock.mark())
         rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(SECONDS / once)))
+        case = f"{title}, batch {batch}"
         with progress() as show:
             times = alternate(
                 contestants,
                 rounds=rounds,
                 clock=clock,
-                on_round=counter(show, f"{title}, batch {batch}", rounds + 2),
+                on_round=counter(show, case, rounds + 2),
             )
-        cases.append(Case(f"{title}, batch {batch}", make_rows(times), of_overhead=True))
+        cases.append(Case(case, make_rows(times), of_overhead=True))
+        alone = {
+            key: Contestant(calls_of_norms(model, x))
+            for key, model in models.items()
+            if key != BOUND
+        }
+        times = alternate(alone, rounds=MOST_ROUNDS, clock=clock, calls=CALLS)
+        cases.append(Case(f"{case}, the norms alone", make_rows(times), of_overhead=True))
     settings = {"device": "cpu", "threads": torch.get_num_threads(), "dtype": "float32"}
     notes = [f"{len(report.swapped)} norms converted, {len(report.left)} left"]
     return Result("inference", settings, machine.describe(), cases, notes=notes)
 
 
 def print_table() -> None:
-    print("| model | time of the stock model | converted / stock | converted / no norms |")
-    print("|---|---|---|---|")
+    print(
+        "| model | stock | converted / stock | converted / no norms | its norms alone / stock's |"
+    )
+    print("|---|---|---|---|---|")
     for name in MODELS:
-        for case in json.loads((RESULTS / f"inference_{name}.json").read_text())["cases"]:
-            rows = {row["name"]: row for row in case["rows"]}
+        file = RESULTS / f"inference_{name}.json"
+        cases = json.loads(file.read_text())["cases"] if file.exists() else []
+        for whole, alone in zip(cases[::2], cases[1::2], strict=True):
+            rows, norms = ({row["name"]: row for row in case["rows"]} for case in (whole, alone))
             stock = tables.duration(rows["stock"]["seconds"]["median"])
-            ratios = [as_ratio(rows[key]["speedup"]) for key in ("stock", BOUND)]
-            print(f"| {case['name']} | {stock} | {' | '.join(ratios)} |")
+            spreads = rows["stock"], rows[BOUND], norms["stock"]
+            ratios = [as_ratio(row["speedup"]) for row in spreads]
+            print(f"| {whole['name']} | {stock} | {' | '.join(ratios)} |")
 
 
 def as_ratio(speedup: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """How fast are RMSNorm, LayerNorm and CRMSNorm over rows, beside the strongest peers?
 
-python benchmarks/norms.py [HIDDEN_SIZE ...]   measures; results/norms_HIDDEN_SIZE.json
-python benchmarks/norms.py --table             prints the tables of docs/measured.md
+python benchmarks/norms.py [SIZE ...]   measures; results/norms_SIZE.json. SIZE: features of a row, or
+                                        1576x384: so many rows, and features
+python benchmarks/norms.py --table      prints the tables of docs/measured.md
 """
 
 import json
@@ -10,10 +11,15 @@ from typing import Any
 
 from common import RESULTS, run_as
 
-SIZES = (256, 512, 768, 1024, 2048, 4096, 8192)
+#: At last eight images of ViT-S/16.
+SIZES = ("256", "512", "768", "1024", "2048", "4096", "8192", "1576x384")
 
-#: The size of which everything is tabled, also with a fresh allocator; of the others both passes.
-WHOLE = 768
+#: The size of which everything is measured. With the others neither torch.compile, which takes
+#: minutes, nor a fresh allocator takes part.
+WHOLE = "768"
+
+#: What is tabled of sizes and allocators beside that one and the warm one.
+BOTH = "forward + backward"
 
 ROUNDS = 9
 
@@ -27,8 +33,12 @@ PEERS = {
 
 def measure(sizes: list[str]) -> None:
     for size in sizes:
-        less = [] if size == str(WHOLE) else ["--no-fresh", "--no-overhead"]
-        what = ["--hidden-size", size, "--rounds", str(ROUNDS), *less]
+        rows, _, features = size.rpartition("x")
+        what = ["--hidden-size", features, "--rounds", str(ROUNDS)]
+        if rows:
+            what += ["--rows", rows]
+        if size != WHOLE:
+            what += ["--no-fresh", "--no-overhead", "--no-compile"]
         failed = run_as("norms", f"norms_{size}", what)
         if failed:
             sys.exit(failed)
@@ -39,8 +49,10 @@ def print_tables() -> None:
     for size in SIZES:
         file = RESULTS / f"norms_{size}.json"
         if file.exists():
-            of_size = json.loads(file.read_text())["cases"]
-            cases += [case for case in of_size if size == WHOLE or "forward + back" in case["name"]]
+            for case in json.loads(file.read_text())["cases"]:
+                in_full = size in (WHOLE, SIZES[-1]) and "fresh" not in case["name"]
+                if in_full or BOTH in case["name"]:
+                    cases.append(case)
     for title, peers in PEERS.items():
         print(f"\n| {title} | of the copy limit | {' | '.join(peers)} |")
         print("|---" * (2 + len(peers)) + "|")
@@ -67,4 +79,4 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--table"]:
         print_tables()
     else:
-        measure(sys.argv[1:] or [str(size) for size in SIZES])
+        measure(sys.argv[1:] or list(SIZES))

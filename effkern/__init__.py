@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from effkern import nn
 from effkern.backends.choice import BackendStatus, backends, use_backend
 from effkern.nn.swap import swap_norms
+from effkern.nn.swap_softmax import swap_softmax
 from effkern.optim import (
     FusedAdadelta,
     FusedAdagrad,
@@ -41,6 +42,7 @@ __all__ = [
     "convert",
     "nn",
     "swap_norms",
+    "swap_softmax",
     "use_backend",
 ]
 

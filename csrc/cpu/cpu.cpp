@@ -71,6 +71,18 @@ void norm_softmax_cross_entropy(const NormSoftmaxCrossEntropyTask& task, Paralle
   });
 }
 
+void norm_attention_forward(const NormAttentionForward& args, ParallelFor parallel_for) {
+  const NormAttentionKernels& kernels = chosen_kernels().norm_attention;
+  in_threads(parallel_for, args.batch * args.key_heads, 1,
+             [&](int64_t begin, int64_t end) { kernels.forward(args, begin, end); });
+}
+
+void norm_attention_backward(const NormAttentionBackward& args, ParallelFor parallel_for) {
+  const NormAttentionKernels& kernels = chosen_kernels().norm_attention;
+  in_threads(parallel_for, args.batch * args.key_heads, 1,
+             [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end); });
+}
+
 void bandwidth(const BandwidthTask& task, int64_t elements, ParallelFor parallel_for) {
   const Kernels& kernels = chosen_kernels();
   // Counted in stretches of 64 elements, so that every thread's begins on a cache line.

@@ -48,6 +48,10 @@ void norm_softmax_forward(const NormSoftmaxForward& args, ParallelFor parallel_f
 void norm_softmax_backward(const NormSoftmaxBackward& args, ParallelFor parallel_for);
 void norm_softmax_cross_entropy(const NormSoftmaxCrossEntropyTask& task, ParallelFor parallel_for);
 
+// A thread does whole heads of keys, with all heads of queries that go with them.
+void norm_attention_forward(const NormAttentionForward& args, ParallelFor parallel_for);
+void norm_attention_backward(const NormAttentionBackward& args, ParallelFor parallel_for);
+
 // One step of a rule over all tensors of a table; their step counters have been increased.
 #define EFFKERN_DECLARE(Rule, name) \
   void step(const StepTask& task, const Rule& rule, ParallelFor parallel_for);

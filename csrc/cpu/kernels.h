@@ -5,6 +5,7 @@
 #include "common/dtype.h"
 #include "common/multi_tensor.h"
 #include "common/norm.h"
+#include "common/norm_attention.h"
 #include "common/norm_softmax.h"
 #include "math/rules.h"
 
@@ -46,12 +47,18 @@ struct NormSoftmaxKernels {
   void (*forward)(const NormSoftmaxForward&, int64_t begin, int64_t end);
   void (*backward)(const NormSoftmaxBackward&, int64_t begin, int64_t end);
 };
+struct NormAttentionKernels {
+  // Heads of keys are counted through the batch.
+  void (*forward)(const NormAttentionForward&, int64_t begin, int64_t end);
+  void (*backward)(const NormAttentionBackward&, int64_t begin, int64_t end);
+};
 struct Kernels {
   const char* isa;
   NormKernels norms[kNorms];  // by Norm
   NormSoftmaxKernels norm_softmax;
   void (*norm_softmax_cross_entropy)(const NormSoftmaxCrossEntropyTask&, int64_t begin,
                                      int64_t end);
+  NormAttentionKernels norm_attention;
   // One step of a rule. Elements are counted through all tensors, in the table's order.
 #define EFFKERN_MEMBER_OF(Rule, name) \
   void (*name)(const StepTask&, const Rule&, int64_t begin, int64_t end);

@@ -5,6 +5,7 @@ from effkern.ops import (
     _declare,
     crms_norm,
     layer_norm,
+    norm_attention,
     norm_softmax,
     norm_softmax_cross_entropy,
     plan,
@@ -20,6 +21,7 @@ plan.fill_gap()
 __all__ = [
     "crms_norm",
     "layer_norm",
+    "norm_attention",
     "norm_softmax",
     "norm_softmax_cross_entropy",
     "plan",

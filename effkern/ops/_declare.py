@@ -27,6 +27,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: Everything `declare` declared: name -> (signature, fake, implementations by backend).
 declared: dict[str, tuple[str, Implementation, dict[str, Implementation]]] = {}
 
+#: Dispatch keys whose library implements an op; those of an op that is not here do, all of them.
+_of_libraries: dict[str, tuple[str, ...]] = {}
+
 
 def define(name: str, signature: str, fake: Implementation, *, in_cuda_graphs: bool = True) -> None:
     """Declare a schema and its fake kernel, with no implementation.
@@ -53,6 +56,7 @@ def declare(
     reference: Implementation | None,
     triton: Implementation,
     in_cuda_graphs: bool = True,
+    libraries: tuple[str, ...] = ("CPU", "CUDA"),
 ) -> None:
     """Declare kernel op ``effkern::name``.
 
@@ -63,7 +67,9 @@ def declare(
         reference: the same in plain PyTorch, for any device; None for an op that has no such form.
         triton: the same in Triton, `imported_at_first_call`.
         in_cuda_graphs: as `define` takes it.
+        libraries: the dispatch keys for which the shared libraries implement it.
     """
+    _of_libraries[name] = libraries
     implementations = {"triton": triton}
     if reference is not None:
         implementations["reference"] = reference
@@ -82,13 +88,18 @@ def declare_public(schema: str, function: Implementation) -> None:
 
 
 def fill_gaps() -> None:
-    """Give each declared op an implementation for tensors whose library is not loaded."""
+    """Give each declared op an implementation for tensors whose library is not loaded, or has none
+    of it.
+    """
     for key in ("CPU", "CUDA"):
-        if not native.serves(key):
+        for name, (_, _, implementations) in declared.items():
+            if native.serves(key) and key in _of_libraries[name]:
+                continue
             backend = choice.default_backend(key.lower())
-            for name, (_, _, implementations) in declared.items():
-                if backend in implementations:
-                    library.impl(name, implementations[backend], key)
+            if native.serves(key):
+                backend = "triton" if key == "CUDA" and choice.has_triton() else "reference"
+            if backend in implementations:
+                library.impl(name, implementations[backend], key)
 
 
 def imported_at_first_call(where: str) -> Implementation:

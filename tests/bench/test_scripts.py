@@ -47,11 +47,11 @@ def test_benchmarks_keep_their_result(benchmark, common, monkeypatch):
 def test_the_benchmark_of_norms(common, monkeypatch, tmp_path, capsys):
     asked = []
     monkeypatch.setattr(common, "main", lambda arguments: asked.append(arguments) or 0)
-    monkeypatch.setattr(sys, "argv", ["script", "768", "1024"])
+    monkeypatch.setattr(sys, "argv", ["script", "768", "7x1024"])
     script = str(ROOT / "benchmarks" / "norms.py")
     runpy.run_path(script, run_name="__main__")
-    kept = [f"{tmp_path}/norms_{size}" for size in (768, 1024)]
-    less = ["--no-fresh", "--no-overhead"]
+    kept = [f"{tmp_path}/norms_{size}" for size in ("768", "7x1024")]
+    less = ["--rows", "7", "--no-fresh", "--no-overhead", "--no-compile"]
     files = [["--json", f"{name}.json", "--plot", f"{name}.png"] for name in kept]
     assert asked == [
         ["bench", "norms", *files[0], "--hidden-size", "768", "--rounds", "9"],
@@ -64,7 +64,8 @@ def test_the_benchmark_of_norms(common, monkeypatch, tmp_path, capsys):
     runpy.run_path(script, run_name="__main__")
     table = capsys.readouterr().out
     assert "| 2 x 768 + residual, forward + backward |" in table
-    assert "| 2 x 768, forward, fresh |" in table
+    assert "| 2 x 768, forward |" in table
+    assert "| 2 x 768, forward + backward, fresh |" in table
 
 
 @pytest.mark.usefixtures("common")

@@ -44,8 +44,8 @@ DEFAULT_REFUSED = (
 )  # fmt: skip
 
 #: The same for to_crmsnorm, whose proof is a part of the same search.
-DEFAULT_CRMSNORM = ("transformers GPT2", "transformers Whisper", "transformers GPTJ")
-DEFAULT_REFUSED_CRMSNORM = ("transformers Swin", "transformers CLIP vision")
+DEFAULT_CRMSNORM = ("transformers GPTJ", "transformers Whisper")
+DEFAULT_REFUSED_CRMSNORM = ("transformers CLIP vision",)
 
 CONVERTED = [*(name for name in ARCHITECTURES if name not in REFUSED), *OUTPUTS]
 

@@ -30,8 +30,7 @@ def converted(model: nn.Module, inputs: Any, **options: Any) -> effkern.convert.
     return nets.converted(model, inputs, to_crmsnorm, **options)
 
 
-DEFAULT = ("tied", "LayerScale", "functional", "spelled out", "mixer", "patches",
-           "nn.TransformerEncoder")  # fmt: skip
+DEFAULT = ("tied", "functional", "mixer", "nn.TransformerEncoder")
 
 
 @pytest.mark.parametrize(
@@ -243,7 +242,7 @@ def test_it_computes_no_mean_of_the_stream() -> None:
     assert sum("mean" in name for name in names) == 1, "where the tied table is recentred"
 
 
-@pytest.mark.parametrize("name", ["tied", "functional", "patches"])
+@pytest.mark.parametrize("name", ["tied", "patches"])
 def test_trains(name: str) -> None:
     """Gradients reach every parameter that needs one, and the loss falls."""
     make, inputs, *_ = NETS[name]

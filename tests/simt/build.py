@@ -8,6 +8,7 @@ are kept in ``build/simt`` under a hash of all that goes into them.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import re
@@ -145,9 +146,13 @@ def build_program(source: Path, path: Path) -> Path:
 
 
 def _build(sources: list[Path], link: list[str], path: Path, sanitize: bool) -> Path:
-    if path.exists():
-        return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # what runs the tests may do so in several processes
+        return path if path.exists() else _compile(sources, link, path, sanitize)
+
+
+def _compile(sources: list[Path], link: list[str], path: Path, sanitize: bool) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         objects = {source: f"{scratch}/{source.name}.o" for source in sources}
 
@@ -160,7 +165,7 @@ def _build(sources: list[Path], link: list[str], path: Path, sanitize: bool) -> 
         _run(
             [str(compiler()), *_sanitizers(sanitize), *objects.values(), *link, "-o", str(finished)]
         )
-        finished.replace(path)  # at once, so that two processes may build at the same time
+        finished.replace(path)  # at once: a process that is stopped leaves nothing half done
     return path
 
 

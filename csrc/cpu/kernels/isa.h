@@ -20,6 +20,8 @@ NormKernels crms_norm();
 NormKernels layer_norm();
 NormSoftmaxKernels norm_softmax();
 void norm_softmax_cross_entropy(const NormSoftmaxCrossEntropyTask&, int64_t begin, int64_t end);
+void norm_attention_forward(const NormAttentionForward&, int64_t begin, int64_t end);
+void norm_attention_backward(const NormAttentionBackward&, int64_t begin, int64_t end);
 #define EFFKERN_DECLARE(Rule, name) \
   void name(const StepTask&, const Rule&, int64_t begin, int64_t end);
 EFFKERN_ONE_PASS_RULES(EFFKERN_DECLARE)

@@ -10,6 +10,7 @@ Kernels kernels() {
   all.norms[static_cast<int>(Norm::kLayer)] = layer_norm();
   all.norm_softmax = norm_softmax();
   all.norm_softmax_cross_entropy = norm_softmax_cross_entropy;
+  all.norm_attention = {norm_attention_forward, norm_attention_backward};
 #define EFFKERN_SET(Rule, name) all.name = name;
   EFFKERN_ONE_PASS_RULES(EFFKERN_SET)
 #undef EFFKERN_SET

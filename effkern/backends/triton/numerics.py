@@ -77,19 +77,19 @@ def quotient(a, b):
     return y
 
 
-_LOG2E = tl.constexpr(1.4426950216293335)  # float32's nearest to log2(e)
-_LOG2E_REST = tl.constexpr(1.92596298909109e-8)
-_LN2 = tl.constexpr(0.6931471805599453)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2_HIGH = tl.constexpr(0.693359375)  # times a power of e's exponent it is exact
+_LN2_LOW = tl.constexpr(-2.12194440054691e-4)
 
 
 @triton.jit
 def exponential(x):
-    """The power of e; Triton's own of float32 loses digits as x grows."""
-    if x.dtype == tl.float32:
-        power = x * _LOG2E
-        lost = tl.fma(x, tl.full(x.shape, _LOG2E, tl.float32), -power) + x * _LOG2E_REST
-        lost = tl.where(x > -1e30, lost, 0.0)
-        y = tl.exp2(power) * (1.0 + lost * _LN2)
+    """The power of e of numbers up to 88; the GPU's own of float32 loses digits as x grows."""
+    if x.dtype == tl.float32 and not INTERPRETED:
+        x = tl.where(x < -104.0, -104.0, x)
+        exponent = tl.floor(x * _LOG2E + 0.5)
+        rest = (x - exponent * _LN2_HIGH) - exponent * _LN2_LOW
+        y = tl.exp2(rest * _LOG2E) * tl.exp2(exponent)
     else:
         y = tl.exp(x)
     return y

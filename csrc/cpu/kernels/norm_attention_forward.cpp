@@ -1,0 +1,153 @@
+// clang-format off: the vectors' functions must be declared before the formulas
+#include "cpu/kernels/isa.h"
+#include "cpu/kernels/attention_keys.h"
+// clang-format on
+#include "math/norm_attention.h"
+
+namespace effkern::cpu::EFFKERN_ISA {
+namespace {
+
+// Float16 ends at 65,504, and a query over eps may be larger: no infinity comes of it.
+template <class T>
+EFFKERN_INLINE Vec<T> within_range(Vec<T> x) {
+  if constexpr (__is_same(T, Float16)) {
+    x = x > 65504.0f ? Vec<T>{} + 65504.0f : x;
+    x = x < -65504.0f ? Vec<T>{} - 65504.0f : x;
+  }
+  return x;
+}
+
+template <class T>
+class Forward {
+ public:
+  using S = Acc<T>;
+
+  explicit Forward(const NormAttentionForward& args)
+      : args_(args),
+        stride_(whole(args.features, kTileColumns<float>)),
+        memory_(Keys<T>::doubles(stride_) + stride_ * stride_ + 5 * kChunkKeys * (stride_ + 8) +
+                kChunkKeys * kChunkKeys + 2 * kChunkKeys),
+        keys_(args, memory_),
+        upper_(memory_.take<double>(stride_ * stride_)),
+        wide_(memory_.take<double>(kChunkKeys * stride_)),
+        products_(memory_.take<double>(kChunkKeys * stride_)),
+        q_(memory_.take<S>(kChunkKeys * stride_)),
+        own_{memory_.take<S>(kChunkKeys * stride_), memory_.take<S>(kChunkKeys * stride_),
+             memory_.take<S>(kChunkKeys * kChunkKeys), memory_.take<S>(kChunkKeys),
+             memory_.take<double>(kChunkKeys)} {}
+
+  // One head of keys with its heads of queries.
+  void run(int64_t unit) {
+    const int64_t batch = unit / args_.key_heads, head = unit % args_.key_heads;
+    keys_.start(batch, head);
+    if (!args_.causal) {
+      keys_.join_all();
+      keys_.to_upper(upper_);
+    }
+    const int64_t group = args_.heads / args_.key_heads;
+    for (int64_t first = 0; first < args_.rows; first += kChunkKeys) {
+      int64_t seen = 0;
+      if (args_.causal) {
+        seen = keys_.load_chunk(first);
+        set_own_keys(keys_, first, own_);
+        keys_.to_upper(upper_);
+      }
+      for (int64_t member = 0; member < group; ++member) {
+        rows((batch * args_.heads + head * group + member) * args_.rows, first);
+      }
+      if (args_.causal) keys_.join_chunk(first, seen);
+    }
+    store_offset(unit);
+  }
+
+ private:
+  void rows(int64_t head_row, int64_t first) {
+    const int64_t count = least(kChunkKeys, args_.rows - first);
+    load_rows<T>(args_.q, args_.q_rows, head_row + first, count, args_.features, stride_, q_);
+    for (int64_t i = 0; i < kChunkKeys * stride_; ++i) wide_[i] = q_[i];
+    clear(products_, kChunkKeys * stride_);
+    multiply_add<Part::kUpperRight, double>(whole(count, kTileRows), stride_, args_.features,
+                                            {wide_, stride_, 1}, upper_, stride_, products_,
+                                            stride_);
+    if (args_.causal) {
+      clear(own_.scores, kChunkKeys * kChunkKeys);
+      multiply_add<Part::kLowerResult, S>(whole(count, kTileRows), kChunkKeys, args_.features,
+                                          {q_, stride_, 1}, own_.transposed, kChunkKeys,
+                                          own_.scores, kChunkKeys);
+    }
+    const S tau = *static_cast<const S*>(args_.tau), eps = static_cast<S>(args_.eps);
+    const double scale = args_.scale < 0 ? -args_.scale : args_.scale;
+    for (int64_t i = 0; i < count; ++i) {
+      double squares = dot(wide_ + i * stride_, products_ + i * stride_, stride_);
+      if (squares < 0) squares = 0;
+      double keys = keys_.count;
+      if (args_.causal) {
+        const auto own = centre_scores<T>(keys_.count, own_, i);
+        squares += own.squares;
+        keys = own.count;
+      }
+      const S sigma = keys < 2 ? static_cast<S>(__builtin_inf())
+                               : static_cast<S>(square_root(squares / keys) * scale);
+      static_cast<S*>(args_.deviation)[head_row + first + i] = sigma;
+      const S inverse = S(1) / attention_divisor(sigma, tau, eps);
+      T* const to = static_cast<T*>(args_.scaled) + (head_row + first + i) * args_.features;
+      S* const from = q_ + i * stride_;
+      for (int64_t f = 0; f < stride_; f += kLanes<T>) {
+        store(from + f, within_range<T>(load(from + f) * inverse));
+      }
+      store_row(to, from, args_.features);
+    }
+  }
+
+  // See `offset` in effkern/backends/reference/norm_attention.py.
+  void store_offset(int64_t unit) {
+    S* const offset = q_;
+    clear(offset, stride_);
+    if (!args_.causal) {
+      offset_of_all(offset);
+    } else if (sizeof(T) >= sizeof(float)) {
+      offset_of_the_first_two(offset);
+    }
+    store_row(static_cast<T*>(args_.offset) + unit * args_.features, offset, args_.features);
+  }
+
+  void offset_of_all(S* offset) const {
+    double spread = 0;
+    for (int64_t a = 0; a < args_.features; ++a) spread += keys_.moments[a * stride_ + a];
+    if (!(dot(keys_.mean, keys_.mean, stride_) * keys_.count > 4 * spread)) return;
+    for (int64_t i = 0; i < stride_; ++i) offset[i] = static_cast<S>(keys_.mean[i]);
+  }
+
+  void offset_of_the_first_two(S* offset) {
+    int64_t places[2] = {0, 0}, found = 0;
+    for (int64_t j = 0; j < args_.keys && found < 2; ++j) {
+      if (keys_.is_seen(j)) places[found++] = j;
+    }
+    if (found == 0) return;
+    if (found == 1) places[1] = places[0];
+    S *const first = q_ + stride_, *const second = q_ + 2 * stride_,
+             *const between = q_ + 3 * stride_;
+    __builtin_memcpy(first, keys_.row(places[0]), static_cast<size_t>(stride_) * sizeof(S));
+    __builtin_memcpy(second, keys_.row(places[1]), static_cast<size_t>(stride_) * sizeof(S));
+    for (int64_t i = 0; i < stride_; ++i) between[i] = first[i] - second[i];
+    const S a = dot(first, first, stride_), b = dot(second, second, stride_);
+    if (!((a < b ? a : b) > 16 * dot(between, between, stride_))) return;
+    for (int64_t i = 0; i < stride_; ++i) offset[i] = first[i];
+  }
+
+  const NormAttentionForward& args_;
+  int64_t stride_;
+  Memory memory_;
+  Keys<T> keys_;
+  double *upper_, *wide_, *products_;
+  S* q_;
+  OwnKeys<S> own_;
+};
+
+}  // namespace
+
+void norm_attention_forward(const NormAttentionForward& args, int64_t begin, int64_t end) {
+  in_its_type<Forward>(args, begin, end);
+}
+
+}  // namespace effkern::cpu::EFFKERN_ISA

@@ -1,0 +1,349 @@
+"""NormSoftmax attention: the function, its gradient, and the ops that divide the queries."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effkern.backends.reference import norm_attention as reference
+from effkern.backends.reference.dtypes import accumulation_dtype
+from effkern.ops._declare import Family, declare
+from effkern.ops.norm_attention_checks import Seen, check, in_four_dimensions, read_mask
+from effkern.ops.norm_softmax_checks import tau_of
+
+
+def norm_softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    tau: float | Tensor = 1.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` with NormSoftmax in place of softmax.
+
+    ``softmax(x_i / max(min(sigma_i, tau), eps)) v`` where ``x_i = scale k q_i`` are the scores of a
+    row and sigma_i their population deviation over the keys that it sees: Jiang et al.,
+    "NormSoftmax" (COINS 2023). The result is exact, and no scores are held: sigma_i is
+    ``scale sqrt(q_i^T Cov(k) q_i)``, each query is divided, and `scaled_dot_product_attention`
+    does the rest with the kernels it has. Memory beyond that is linear in L and S: a copy of q and
+    k, and in causal attention an (E, E) matrix for each 64 keys while the kernel runs.
+
+    That holds without a mask, with ``is_causal``, and for masks that are the same for all rows (of
+    size 1 in the dimension before the last: padding). For any other mask, and for L < E / 2, sigma
+    is found from the scores of some rows at a time: at most 2^21 scores (or one row's), computed
+    once more in the forward pass and once more in the backward pass.
+
+    Args:
+        q: queries, shape (*, L, E); float32, float64, bfloat16 or float16.
+        k: keys, shape (*, S, E), of the same dtype; leading dimensions broadcast.
+        v: values, shape (*, S, Ev), of the same dtype.
+        attn_mask: broadcasting to (*, L, S). Boolean: True takes part. Additive, of float32 or q's
+            dtype: entries at or below half its lowest finite value are hidden; others are added
+            after the scores were normalised, and sigma is that of the scores without them.
+        dropout_p: probability with which a probability becomes zero; applied whenever above 0.
+        is_causal: row i sees the keys up to i, counted from the top left.
+        scale: of the scores; None: ``1 / sqrt(E)``.
+        enable_gqa: whether q may have a multiple of the heads of k and v, which stand in the third
+            dimension from the last.
+        tau: the temperature, above 0: a number, or a tensor of one element, to which a gradient
+            flows.
+        eps: the least divisor, at least 0.
+
+    Returns:
+        Shape (*, L, Ev), of q's dtype. Rows that see no key are zero and pass no gradient; in rows
+        that see one sigma counts as tau. Under autocast computed as
+        `scaled_dot_product_attention` is, in autocast's dtype. Under torch.func transforms all
+        scores are held.
+
+    Raises:
+        TypeError: if an argument that must be a tensor or a number is none.
+        ValueError: if tau or eps, as a number, is out of range.
+        RuntimeError: if a dtype, shape, device or layout does not fit; the message names the
+            argument.
+    """
+    check(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa, tau, eps)
+    return attend(
+        q,
+        k,
+        v,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        tau=tau,
+        eps=eps,
+    )
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None = None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    tau: float | Tensor,
+    eps: float,
+) -> Tensor:
+    """`norm_softmax_attention` of checked arguments, with masks that may be combined.
+
+    Args:
+        q: as there, and so are the others, but that attn_mask may stand beside is_causal.
+        k: as there.
+        v: as there.
+        attn_mask: as there.
+        key_mask: boolean, shape (B, S), for q of shape (B, H, L, E): the keys that may be seen.
+        dropout_p: as there.
+        is_causal: as there.
+        scale: as there.
+        enable_gqa: as there.
+        tau: as there.
+        eps: as there.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v, attn_mask = (_autocast(t, dtype) for t in (q, k, v, attn_mask))
+        with torch.autocast(q.device.type, enabled=False):
+            return _attend(
+                q, k, v, attn_mask, key_mask, dropout_p, is_causal, scale, enable_gqa, tau, eps
+            )
+    return _attend(q, k, v, attn_mask, key_mask, dropout_p, is_causal, scale, enable_gqa, tau, eps)
+
+
+def _autocast(tensor: Any, dtype: torch.dtype) -> Any:
+    """As autocast does it: float64 stays."""
+    if tensor is None or tensor.dtype in (torch.float64, torch.bool):
+        return tensor
+    return tensor.to(dtype)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    dropout_p: float,
+    causal: bool,
+    scale: float | None,
+    gqa: bool,
+    tau: float | Tensor,
+    eps: float,
+) -> Tensor:
+    features = q.shape[-1]
+    if scale is None:
+        scale = 1 / math.sqrt(features) if features else 1.0
+    tau = tau_of(tau, q)
+    if mask is not None and mask.dtype != torch.bool and q.dtype == torch.float64 != mask.dtype:
+        # PyTorch's CPU kernel takes such a mask and reads it as float64.
+        mask = torch.where(reference.is_seen(mask), mask, -math.inf).to(q.dtype)
+    q, k, v, mask, leading = in_four_dimensions(q, k, v, mask, gqa)
+    if torch._C._are_functorch_transforms_active():
+        # torch.func differentiates and maps the definition, to any order and in forward mode.
+        if key_mask is not None:
+            keys = key_mask[:, None, None, :]
+            mask = (
+                keys
+                if mask is None
+                else (
+                    mask & keys if mask.dtype == torch.bool else torch.where(keys, mask, -math.inf)
+                )
+            )
+        k, v = (t.repeat_interleave(q.shape[1] // max(t.shape[1], 1), 1) for t in (k, v))
+        y, _ = reference.attention(q, k, v, mask, causal, scale, tau, eps, dropout_p)
+        return y.reshape(*leading, *y.shape[-2:])
+    seen = read_mask(mask, key_mask, causal, q, k)
+    if q.numel() and k.numel():
+        if seen.keys is not None and seen.keys.shape[1] not in (1, k.shape[1]):
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        q, k = divide(q, k, seen, scale, tau, eps)
+    if scale <= 0:  # PyTorch's kernels multiply what a mask hides by it
+        q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
+    y = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=seen.for_softmax,
+        dropout_p=dropout_p,
+        is_causal=causal and seen.for_softmax is None,
+        scale=scale,
+        enable_gqa=gqa,
+    )
+    if seen.some is not None:
+        y = torch.where(seen.some, y, 0)
+    return y.reshape(*leading, *y.shape[-2:])
+
+
+# ---- the queries' divisors ----
+
+
+def divide(
+    q: Tensor, k: Tensor, seen: Seen, scale: float, tau: float | Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Queries over their rows' divisors, and keys whose scores differ by a constant in each row."""
+    acc = accumulation_dtype(q.dtype)
+    if isinstance(tau, Tensor):
+        tau = tau.to(acc)
+    else:
+        tau = torch.full((), tau, dtype=acc, device=q.device)
+    by_scores = seen.mask is not None or 2 * q.shape[-2] < q.shape[-1]
+    mask = seen.mask if seen.mask is not None else seen.keys
+    if by_scores and seen.mask is None and mask is not None:
+        mask = mask[..., None, :]
+    scaled, shifted = DividedQueries.apply(by_scores, q, k, mask, tau, eps, scale, seen.causal)
+    return scaled, shifted
+
+
+class DividedQueries(torch.autograd.Function):
+    """The queries' division for autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        by_scores: bool,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        tau: Tensor,
+        eps: float,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """See `reference.norm_attention.forward`, or for ``by_scores`` its `masked_forward`."""
+        forward, backward = (BY_SCORES if by_scores else KERNELS)(q)
+        scaled, offset, deviation = forward(q, k, mask, tau, eps, scale, causal)
+        # A copy of the keys is spared where a look is free, and there is nothing to take off.
+        looks = k.is_cpu and not torch.compiler.is_compiling()
+        shifted = k if looks and not offset.any() else k - offset
+        ctx.call = backward, by_scores, eps, scale, causal
+        ctx.save_for_backward(q, k, mask, tau, deviation)
+        ctx.set_materialize_grads(False)
+        return scaled, shifted
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | None) -> tuple[Any, ...]:
+        """See `reference.norm_attention.backward`."""
+        q, k, mask, tau, deviation = ctx.saved_tensors
+        kernel, by_scores, eps, scale, causal = ctx.call
+        if grad_q is None:
+            grad_q = torch.zeros_like(q)
+        _, wants_q, wants_k, _, wants_tau, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            if mask is not None and not by_scores:
+                mask = mask[..., None, :]
+            of_q, of_k, of_tau = _twice_differentiable(
+                (wants_q, wants_k, wants_tau), grad_q, grad_k, q, k, mask, causal, scale, tau, eps
+            )
+        else:
+            of_q, of_k, of_divisor = kernel(
+                grad_q, grad_k, q, k, mask, deviation, tau, eps, scale, causal
+            )
+            of_tau = None
+            if wants_tau:
+                is_tau = (deviation >= tau) & (tau > eps)
+                of_tau = torch.where(is_tau, of_divisor, 0).sum()
+        found = (of_q if wants_q else None, of_k if wants_k else None)
+        return None, *found, None, of_tau, None, None, None
+
+
+def _twice_differentiable(
+    wants: tuple[bool, bool, bool],
+    grad_q: Tensor,
+    grad_k: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    tau: Tensor,
+    eps: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients that will themselves be differentiated: by the definition, with all scores."""
+    scaled = reference.divided(q, k, mask, causal, scale, tau, eps)
+    inputs = [t for t, wanted in zip((q, k, tau), wants, strict=True) if wanted]
+    found = iter(torch.autograd.grad(scaled, inputs, grad_q, create_graph=True, allow_unused=True))
+    of_q, of_k, of_tau = (next(found) if wanted else None for wanted in wants)
+    if grad_k is not None:
+        of_k = grad_k if of_k is None else of_k + grad_k
+    return of_q, of_k, of_tau
+
+
+# ---- the kernel ops ----
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, seen: Tensor | None, tau: Tensor, eps: float, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    offset = k.new_empty((*k.shape[:2], 1, k.shape[3]))
+    return q.new_empty(q.shape), offset, q.new_empty(q.shape[:-1], dtype=tau.dtype)
+
+
+def _backward_fake(
+    grad_q: Tensor,
+    grad_k: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    seen: Any,
+    deviation: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), deviation.new_empty(deviation.shape)
+
+
+declare(
+    "_norm_attention_forward",
+    "(Tensor q, Tensor k, Tensor? seen, Tensor tau, float eps, float scale, bool causal)"
+    " -> (Tensor scaled, Tensor offset, Tensor deviation)",
+    fake=_forward_fake,
+    reference=reference.forward,
+    triton=reference.forward,
+    libraries=("CPU",),
+)
+declare(
+    "_norm_attention_backward",
+    "(Tensor grad_q, Tensor? grad_k, Tensor q, Tensor k, Tensor? seen, Tensor deviation,"
+    " Tensor tau, float eps, float scale, bool causal)"
+    " -> (Tensor of_q, Tensor of_k, Tensor of_divisor)",
+    fake=_backward_fake,
+    reference=reference.backward,
+    triton=reference.backward,
+    libraries=("CPU",),
+)
+KERNELS = Family("_norm_attention_forward", "_norm_attention_backward")
+
+
+declare(
+    "_norm_attention_by_scores_forward",
+    "(Tensor q, Tensor k, Tensor? mask, Tensor tau, float eps, float scale, bool causal)"
+    " -> (Tensor scaled, Tensor offset, Tensor deviation)",
+    fake=_forward_fake,
+    reference=reference.masked_forward,
+    triton=reference.masked_forward,
+    libraries=(),
+)
+declare(
+    "_norm_attention_by_scores_backward",
+    "(Tensor grad_q, Tensor? grad_k, Tensor q, Tensor k, Tensor? mask, Tensor deviation,"
+    " Tensor tau, float eps, float scale, bool causal)"
+    " -> (Tensor of_q, Tensor of_k, Tensor of_divisor)",
+    fake=_backward_fake,
+    reference=reference.masked_backward,
+    triton=reference.masked_backward,
+    libraries=(),
+)
+BY_SCORES = Family("_norm_attention_by_scores_forward", "_norm_attention_by_scores_backward")
