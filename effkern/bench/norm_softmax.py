@@ -158,12 +158,11 @@ def _cross_entropy_case(
     target = torch.randint(settings.classes, (settings.tokens,), device=device)
 
     def prepare() -> Tensor:
-        # No leaf, or it could not be overwritten; the same memory for everyone.
-        return logits.normal_().detach().requires_grad_().view_as(logits)
+        return logits.normal_().detach().requires_grad_()  # the same memory for everyone
 
-    def step(function: Callable[..., Tensor], x: Tensor) -> tuple[Tensor, ...]:
-        loss = function(x, target)
-        return loss, *torch.autograd.grad(loss, x)
+    def step(function: Callable[..., Tensor], leaf: Tensor) -> tuple[Tensor, ...]:
+        loss = function(leaf.view_as(leaf), target)  # what is overwritten must be no leaf
+        return loss, *torch.autograd.grad(loss, leaf)
 
     def contestant(function: Callable[..., Tensor]) -> Contestant:
         return Contestant(lambda x: step(function, x), prepare)

@@ -103,7 +103,7 @@ def norm_softmax_cross_entropy(
         reduction: "mean", "sum" or "none", as there.
         inplace: whether the gradient is written over the logits, which must then be of shape
             ``(N, C)`` or ``(C,)``, no leaf that requires a gradient, and of no further use; for
-            "mean" and "sum". Without a gradient nothing is overwritten.
+            "mean" and "sum". Without a gradient, and in a compiled graph, nothing is overwritten.
 
     Returns:
         The loss, of logits' dtype: shape () but for "none", which gives that of a target of
@@ -242,7 +242,9 @@ class CrossEntropyFunction(torch.autograd.Function):
         call = _Call(logits, target, weight, tau, eps, options)
         wants_logits, _, _, wants_tau, *_ = ctx.needs_input_grad
         is_tensor = isinstance(tau, Tensor)
-        ctx.found, ctx.inplace = None, inplace and wants_logits
+        # What a compiled graph overwrites is its compiler's choice.
+        ctx.found = None
+        ctx.inplace = inplace and wants_logits and not torch.compiler.is_compiling()
         ctx.call = None if is_tensor else tau, eps, options
         if ctx.inplace:
             scale = call.scale()

@@ -203,6 +203,18 @@ def test_magnitudes(backend: Backend, magnitude: float) -> None:
     check(x.clamp(-6e4, 6e4).half(), tau=2.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_small_probabilities_keep_their_digits(backend: Backend, dtype: torch.dtype) -> None:
+    """Of two entries the smaller is the exponential of their distance, but for a few roundings."""
+    z = torch.linspace(-2.5, -80, 400, dtype=dtype, device=backend.device)
+    y = norm_softmax(torch.stack((torch.zeros_like(z), z), 1))
+    found, exact = y[:, 1].double() / y[:, 0].double(), z.double().exp()
+    if dtype == torch.float32:
+        assert ((found - exact).abs() / exact).max() < 4 * torch.finfo(dtype).eps
+    else:
+        torch.testing.assert_close(found, exact, rtol=8e-16, atol=0.0)
+
+
 def test_a_common_offset_keeps_the_digits(backend: Backend) -> None:
     x = torch.randn(5, 64, device=backend.device) + 1e4
     check(x)

@@ -66,6 +66,7 @@ void fill_zeros(S* row, int64_t features) {
 template <class S, class M>
 void forward_rows(const NormSoftmaxForward& args, int64_t begin, int64_t end) {
   using V = Vec<S>;
+  using Sum = ExponentialSum<V>;
   const int64_t features = args.features;
   SoftmaxRows<S, M> rows(args);
   RowsOut<S> out(args.y, args.dtype, args.y_rows, features);
@@ -77,13 +78,13 @@ void forward_rows(const NormSoftmaxForward& args, int64_t begin, int64_t end) {
     const SoftmaxRow<S, M> row = rows[r];
     S* const y = out[r];
     if (row.visible() == 0) return fill_zeros(y, features);
-    const auto merge = [](V a, V b) EFFKERN_LAMBDA { return a + b; };
-    const auto add = [&](V& sum, int64_t i, int64_t count) EFFKERN_LAMBDA {
+    const auto merge = [](const Sum& a, const Sum& b) EFFKERN_LAMBDA { return Sum::merged(a, b); };
+    const auto add = [&](Sum& sum, int64_t i, int64_t count) EFFKERN_LAMBDA {
       const V e = row.exponentials(i, count);
       store_some(exponentials + i, e, count);
-      sum += e;
+      sum.add(e);
     };
-    const S factor = S(1) / sum_lanes(over_row<S>(features, V{}, merge, add));
+    const S factor = static_cast<S>(1 / over_row<S>(features, Sum{}, merge, add).total());
     for_each_vector<S>(features, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA {
       put(y + i, load_some(exponentials + i, count) * factor, count, streamed);
     });
@@ -102,7 +103,8 @@ template <class S, class M>
 void backward_rows(const NormSoftmaxBackward& args, int64_t begin, int64_t end) {
   using V = Vec<S>;
   struct Sums {
-    V e, eg;
+    ExponentialSum<V> e;
+    V eg;
   };
   const int64_t features = args.features;
   SoftmaxRows<S, M> rows(args);
@@ -123,17 +125,18 @@ void backward_rows(const NormSoftmaxBackward& args, int64_t begin, int64_t end) 
       if (grad_tau) grad_tau[number] = 0;
       return;
     }
-    const auto merge_sums = [](const Sums& a, const Sums& b)
-                                EFFKERN_LAMBDA { return Sums{a.e + b.e, a.eg + b.eg}; };
+    const auto merge_sums = [](const Sums& a, const Sums& b) EFFKERN_LAMBDA {
+      return Sums{ExponentialSum<V>::merged(a.e, b.e), a.eg + b.eg};
+    };
     const auto add_sums = [&](Sums& sums, int64_t i, int64_t count) EFFKERN_LAMBDA {
       const V e = row.exponentials(i, count);
       store_some(exponentials + i, e, count);
-      sums.e += e;
+      sums.e.add(e);
       sums.eg += e * row.visible_of(grad, i, count);
     };
     const Sums sums = over_row<S>(features, Sums{}, merge_sums, add_sums);
     SoftmaxGradient<S> gradient{};
-    gradient.factor = S(1) / sum_lanes(sums.e);
+    gradient.factor = static_cast<S>(1 / sums.e.total());
     gradient.mean_g = sum_lanes(sums.eg) * gradient.factor;
     gradient.inverse = S(1) / row.divisor().value;
 

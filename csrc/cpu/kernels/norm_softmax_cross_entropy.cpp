@@ -66,7 +66,10 @@ class Coefficients {
 template <class S, bool kPlain>
 void rows(const NormSoftmaxCrossEntropyTask& task, int64_t begin, int64_t end) {
   using V = Vec<S>;
-  using Sums = CrossEntropySums<V>;
+  struct Sums {
+    ExponentialSum<V> e;
+    V ed, a, ad;  // see CrossEntropySums
+  };
   const int64_t classes = task.classes;
   const S tau = task.tau ? *static_cast<const S*>(task.tau) : static_cast<S>(task.tau_value);
   const S* const scale = static_cast<const S*>(task.scale);
@@ -99,11 +102,11 @@ void rows(const NormSoftmaxCrossEntropyTask& task, int64_t begin, int64_t end) {
     const SoftmaxRow<S, NoMask> row(x, {}, classes, tau, static_cast<S>(task.eps));
     const S largest = row.origin(), inverse = S(1) / row.divisor().value;
     const auto merge = [](const Sums& a, const Sums& b) EFFKERN_LAMBDA {
-      return Sums{a.e + b.e, a.ed + b.ed, a.a + b.a, a.ad + b.ad};
+      return Sums{ExponentialSum<V>::merged(a.e, b.e), a.ed + b.ed, a.a + b.a, a.ad + b.ad};
     };
     const auto add = [&](Sums& sums, int64_t i, int64_t count) EFFKERN_LAMBDA {
       const V e = row.exponentials(i, count), d = row.less(largest, i, count);
-      sums.e += e;
+      sums.e.add(e);
       sums.ed += e * d;
       if constexpr (!kPlain) {
         const V a = a_at(i, count);
@@ -112,7 +115,7 @@ void rows(const NormSoftmaxCrossEntropyTask& task, int64_t begin, int64_t end) {
       }
     };
     const Sums all = over_row<S>(classes, Sums{}, merge, add);
-    CrossEntropySums<S> sums{sum_lanes(all.e), sum_lanes(all.ed), sum_lanes(all.a),
+    CrossEntropySums<S> sums{static_cast<S>(all.e.total()), sum_lanes(all.ed), sum_lanes(all.a),
                              sum_lanes(all.ad)};
     if constexpr (kPlain) {
       const S smoothing = static_cast<S>(task.label_smoothing);

@@ -71,6 +71,33 @@ struct RowMask {
   }
 };
 
+// The sum of exponentials of which the largest is 1: in float64, or it would lose of the small ones
+// whatever falls below the last digit of that.
+template <class V>
+struct ExponentialSum {
+  Doubles low, high;
+
+  EFFKERN_MEMBER void add(Floats e) {
+    const DoublesPair wide = widened(e);
+    low += wide.low;
+    high += wide.high;
+  }
+  EFFKERN_MEMBER static ExponentialSum merged(const ExponentialSum& a, const ExponentialSum& b) {
+    return {a.low + b.low, a.high + b.high};
+  }
+  EFFKERN_MEMBER double total() const { return sum_lanes(low + high); }
+};
+template <>
+struct ExponentialSum<Doubles> {
+  Doubles all;
+
+  EFFKERN_MEMBER void add(Doubles e) { all += e; }
+  EFFKERN_MEMBER static ExponentialSum merged(const ExponentialSum& a, const ExponentialSum& b) {
+    return {a.all + b.all};
+  }
+  EFFKERN_MEMBER double total() const { return sum_lanes(all); }
+};
+
 // Everything that both passes need of a row.
 template <class T, class M>
 class SoftmaxRow {
