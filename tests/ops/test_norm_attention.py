@@ -13,7 +13,11 @@ from torch import Tensor
 from effkern.nn.functional import norm_softmax_attention
 from tests.support.accuracy import assert_as_accurate
 from tests.support.backends import Backend
-from tests.support.norm_attention import attention, divided_then_attention
+from tests.support.norm_attention import (
+    _only_backends_with_a_kernel,  # noqa: F401
+    attention,
+    divided_then_attention,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -143,7 +147,8 @@ def test_lengths_around_a_chunk(backend: Backend, sizes: tuple[int, int], causal
 def test_numbers_of_features(backend: Backend, features: int, causal: bool) -> None:
     rows = max(66, features)
     q, k, v = tensors(1, 2, rows, rows, features, device=backend.device)
-    check(q, k, v, is_causal=causal)
+    # A query may be orthogonal to what little it sees: eps keeps its gradient from being all noise.
+    check(q, k, v, is_causal=causal, eps=0.05)
 
 
 @pytest.mark.parametrize("key_heads", [1, 2, 6])
@@ -169,7 +174,7 @@ def test_sizes_of_leading_dimensions() -> None:
     for shape in ((), (3,), (2, 3), (2, 2, 3), (1, 2, 1, 3)):
         q, k, v = (torch.randn(*shape, 20, 8) for _ in range(3))
         assert check(q, k, v)[0].shape == (*shape, 20, 8)
-        check(q, k, v, is_causal=True)
+        check(q, k, v, is_causal=True, eps=0.05)
         check(q, k, v, attn_mask=torch.rand(20, 20) > 0.3)
         if shape:
             pad = torch.rand(shape[-1], 1, 20) > 0.3
