@@ -232,10 +232,14 @@ class NormSoftmaxAttention(nn.MultiheadAttention):
 
     def extra_repr(self) -> str:
         """The arguments."""
-        return f"{self.embed_dim}, {self.num_heads}, batch_first={self.batch_first}"
+        tau = "learnable" if isinstance(self.tau, nn.Parameter) else float(self.tau)
+        return (
+            f"{self.embed_dim}, {self.num_heads}, batch_first={self.batch_first}, tau={tau}, "
+            f"eps={self.eps}"
+        )
 
 
-def give_temperature(module: nn.Module, tau: float | Tensor, eps: float) -> None:
+def give_temperature(module: Any, tau: float | Tensor, eps: float) -> None:
     """Set ``tau`` and ``eps``: a parameter stays one, another tensor becomes a buffer.
 
     Raises:

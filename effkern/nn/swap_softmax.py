@@ -119,6 +119,13 @@ def swap_softmax(model: nn.Module, attention: bool = True, loss: bool = False) -
     return report
 
 
+#: Attributes that a module does not have from its class before, or has otherwise.
+_GIVEN: dict[type[nn.Module], dict[str, object]] = {
+    NormSoftmaxAttention: {"tau": 1.0, "eps": 1e-6, "_qkv_same_embed_dim": False},
+    NormSoftmaxCrossEntropyLoss: {"tau": 1.0, "eps": 1e-6, "inplace": False},
+}
+
+
 def _swap_class(
     report: SoftmaxReport,
     path: str,
@@ -134,14 +141,12 @@ def _swap_class(
         return
     before = dict(vars(module))
     module.__class__ = twin
-    object.__setattr__(module, "tau", 1.0)
-    object.__setattr__(module, "eps", 1e-6)
-    if twin is NormSoftmaxAttention:
-        object.__setattr__(module, "_qkv_same_embed_dim", False)
+    for name, value in _GIVEN[twin].items():
+        object.__setattr__(module, name, value)
 
     def back() -> None:
         module.__class__ = kind
-        for name in ("tau", "eps", "_qkv_same_embed_dim"):
+        for name in _GIVEN[twin]:
             if name in before:
                 object.__setattr__(module, name, before[name])
             else:

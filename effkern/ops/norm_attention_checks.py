@@ -132,9 +132,8 @@ def in_four_dimensions(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa
         ) from error
     of_result = torch.Size((*leading, q.shape[-3])) if gqa else leading
     batch = (*of_result[:-1],)
-    heads = [
-        _to_four(t, (*batch, t.shape[-3] if gqa else (leading or (1,))[-1])) for t in (q, k, v)
-    ]
+    own_heads = (leading or (1,))[-1]
+    q, k, v = (_to_four(t, (*batch, t.shape[-3] if gqa else own_heads)) for t in (q, k, v))
     if mask is not None:
         scores = (*of_result, q.shape[-2], k.shape[-2])
         aligned = zip(reversed(mask.shape), reversed(scores), strict=False)
@@ -148,7 +147,7 @@ def in_four_dimensions(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa
         else:
             rows = mask.shape[-2] if mask.dim() > 1 else 1
             mask = _to_four(mask, (*batch, mask.shape[-3] if mask.dim() > 2 else 1), rows)
-    return Heads(*heads, mask, of_result)
+    return Heads(q, k, v, mask, of_result)
 
 
 def _to_four(tensor: Tensor, leading: tuple[int, ...], rows: int | None = None) -> Tensor:

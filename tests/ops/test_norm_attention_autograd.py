@@ -13,7 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import effkern
 from effkern.nn.functional import norm_softmax_attention
 from tests.support.backends import Backend
-from tests.support.norm_attention import attention
+from tests.support.norm_attention import (
+    _only_backends_with_a_kernel,  # noqa: F401
+    attention,
+)
 
 KINDS = ["none", "causal", "padding", "any"]
 kinds = pytest.mark.parametrize("kind", KINDS)

@@ -84,7 +84,7 @@ def attention(
     """
     acc = accumulation_dtype(q.dtype)
     scores = q.to(acc) @ k.to(acc).transpose(-2, -1) * scale
-    mask = with_causal(mask, causal, *scores.shape[-2:], scores)
+    mask = with_causal(mask, causal, scores.shape[-2], scores.shape[-1], scores)
     weights = norm_softmax(scores, mask, tau, eps, -1)
     weights = torch.dropout(weights, dropout_p, dropout_p > 0)
     return (weights @ v.to(acc)).to(q.dtype), weights.to(q.dtype)
@@ -103,7 +103,7 @@ def divided(
     acc = accumulation_dtype(q.dtype)
     wide = q.to(acc)
     scores = wide @ _of_every_head(k.to(acc), q).transpose(-2, -1) * scale
-    mask = with_causal(mask, causal, *scores.shape[-2:], scores)
+    mask = with_causal(mask, causal, scores.shape[-2], scores.shape[-1], scores)
     seen = torch.ones_like(scores, dtype=torch.bool) if mask is None else is_seen(mask)
     count = seen.expand(scores.shape).sum(-1, keepdim=True)
     scores = torch.where(seen, scores, 0)
