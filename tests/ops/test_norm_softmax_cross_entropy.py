@@ -43,7 +43,7 @@ def check(
                 if isinstance(rest.get(name), Tensor):
                     rest[name] = rest[name].to(dtype)
             row = reference.centred(x, None, min(1, x.dim() - 1))
-            z = row.values / reference.divisor(row.variance, row.count, t, eps)
+            z = row.values / reference.divisor(row.variance, row.entries, t, eps)
             of = target.to(z.dtype) if target.is_floating_point() else target
             if rest.get("weight") is not None:
                 rest["weight"] = rest["weight"].to(z.dtype)
@@ -56,7 +56,7 @@ def check(
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     few = 16 * torch.finfo(wide).eps
     row = reference.centred(logits.double(), None, min(1, logits.dim() - 1))
-    least = reference.divisor(row.variance, row.count, tau, eps).min().item()
+    least = reference.divisor(row.variance, row.entries, tau, eps).min().item()
     # A few roundings of the terms that cancel: dz / divisor, and z in the loss and in tau's.
     rows = logits.numel() // logits.shape[min(1, logits.dim() - 1)]
     biggest = row.values.abs().max().item()

@@ -102,7 +102,7 @@ def without_sigma(f: Any, grad: Tensor, x: Tensor, mask: Any, tau: Any, *rest: A
     value, eps, dim, *wants = rest
     visible, _ = reference.split_mask(mask)
     row = reference.centred(x, visible, dim)
-    divisor = reference.divisor(row.variance, row.count, tau, eps)
+    divisor = reference.divisor(row.variance, row.entries, tau, eps)
     y = reference.norm_softmax(x, mask, tau, eps, dim)
     _, grad_tau = f(grad, x, mask, tau, value, eps, dim, *wants)
     return reference.grad_of_logits(grad, y, dim) / divisor, grad_tau

@@ -69,7 +69,7 @@ def check(
     """
     visible, _ = reference.split_mask(mask)
     row = reference.centred(x.double(), visible, dim % max(x.dim(), 1))
-    divisor = reference.divisor(row.variance, row.count, torch.as_tensor(tau).double(), eps)
+    divisor = reference.divisor(row.variance, row.entries, torch.as_tensor(tau).double(), eps)
     grad = torch.randn(x.shape, device=x.device).double() * divisor if grad is None else grad
     bias = mask if mask is not None and mask.is_floating_point() else None
 

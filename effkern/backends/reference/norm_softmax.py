@@ -34,7 +34,7 @@ def norm_softmax(x: Tensor, mask: Tensor | None, tau: Tau, eps: float, dim: int)
     """
     visible, bias = split_mask(mask)
     row = centred(x, visible, dim)
-    y = _softmax(row.values / divisor(row.variance, row.count, tau, eps), visible, bias, dim)
+    y = _softmax(row.values / divisor(row.variance, row.entries, tau, eps), visible, bias, dim)
     return y.to(x.dtype).contiguous()
 
 
@@ -107,12 +107,12 @@ class Centred(NamedTuple):
     Attributes:
         values: like x; 0 where an entry is hidden.
         variance: of the visible entries of each row, with x's dimension of 1 for ``dim``.
-        count: how many those are; a tensor like the variance where there is a mask.
+        entries: how many those are; a tensor like the variance where there is a mask.
     """
 
     values: Tensor
     variance: Tensor
-    count: Tensor | int
+    entries: Tensor | int
 
 
 def centred(x: Tensor, visible: Tensor | None, dim: int) -> Centred:
@@ -179,7 +179,7 @@ def norm_softmax_cross_entropy(
 ) -> Tensor:
     """The function of that name: see `effkern.nn.functional.norm_softmax_cross_entropy`."""
     row = centred(logits, None, min(1, logits.dim() - 1))
-    z = row.values / divisor(row.variance, row.count, tau, eps)
+    z = row.values / divisor(row.variance, row.entries, tau, eps)
     if target.is_floating_point():
         target = target.to(z.dtype)
     loss = F.cross_entropy(
