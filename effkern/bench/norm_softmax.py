@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -184,7 +185,7 @@ def _cross_entropy_case(
     rows = make_rows(times, bytes_moved=moved, limit_bytes=limit.bytes_moved)
     memory = []
     for each, function in functions.items():
-        peak = peak_of(lambda function=function: step(function, prepare()), device)
+        peak = peak_of(partial(contestant(function).run, prepare()), device)
         memory.append(
             f"{each}: beside the logits it takes {peak / logits.nbytes:.2f} times their memory"
         )

@@ -85,8 +85,8 @@ class SaveWithMark:
         self, save_directory: str | os.PathLike[str], *arguments: Any, **options: Any
     ) -> Any:
         """Save as the model's class does, then write the mark."""
-        save: Any = type(self.model).save_pretrained
-        result = save(self.model, save_directory, *arguments, **options)
+        original: Any = type(self.model)
+        result = original.save_pretrained(self.model, save_directory, *arguments, **options)
         if (Path(save_directory) / "config.json").exists():
             _write_mark(save_directory, self.kind, self.steps)
         return result
