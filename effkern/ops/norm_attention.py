@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effkern.backends.reference import norm_attention as reference
 from effkern.backends.reference.dtypes import accumulation_dtype
@@ -174,19 +176,33 @@ def _attend(
         q, k = divide(q, k, seen, scale, tau, eps)
     if scale <= 0:  # PyTorch's kernels multiply what a mask hides by it
         q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
-    y = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=seen.for_softmax,
-        dropout_p=dropout_p,
-        is_causal=causal and seen.for_softmax is None,
-        scale=scale,
-        enable_gqa=gqa,
-    )
+    with _trusted_kernels(q, k, v, seen.for_softmax):
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=seen.for_softmax,
+            dropout_p=dropout_p,
+            is_causal=causal and seen.for_softmax is None,
+            scale=scale,
+            enable_gqa=gqa,
+        )
     if seen.some is not None:
         y = torch.where(seen.some, y, 0)
     return y.reshape(*leading, *y.shape[-2:])
+
+
+def _trusted_kernels(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> contextlib.AbstractContextManager[object]:
+    """A context without PyTorch's fused kernels where they went wrong on an H100 (PyTorch 2.11):
+    empty tensors, and additive masks in 16 bits.
+    """
+    is_empty = not (q.numel() and k.numel() and v.numel())
+    is_narrow = mask is not None and mask.dtype != torch.bool and mask.dtype.itemsize == 2
+    if q.is_cuda and (is_empty or is_narrow):
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
 
 
 # ---- the queries' divisors ----

@@ -186,8 +186,12 @@ class _Call:
         """What the function returns."""
         if self.reduction == "none":
             shape = [size for d, size in enumerate(self.shape) if d != self.of_classes]
-            return losses.reshape(shape).to(self.dtype)
-        return (losses.sum() * (self.scale() if scale is None else scale)).to(self.dtype)
+            result = losses.reshape(shape).to(self.dtype)
+        else:
+            result = (losses.sum() * (self.scale() if scale is None else scale)).to(self.dtype)
+        # In a graph of PyTorch 2.11 an output that shares memory with another value of its Function
+        # gets no gradient.
+        return result.clone() if torch.compiler.is_compiling() else result
 
     def loss(self) -> Tensor:
         """Without gradients."""

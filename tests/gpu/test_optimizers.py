@@ -105,7 +105,7 @@ def test_a_captured_step_reads_the_learning_rate_from_its_tensor(
     gpu_backend: str, kind: type[Optimizer]
 ) -> None:
     run = InPlace(kind, **with_all_flags(kind), capturable=True)
-    lr = torch.tensor(0.05, device="cuda")
+    lr = torch.tensor(0.05, dtype=torch.float64, device="cuda")
     for group in run.twins.optimizer.param_groups:
         group["lr"] = lr
     warmed_up(run)
