@@ -296,7 +296,8 @@ struct LongSums {
 template <class T, int V>
 __device__ __forceinline__ Acc<T> logit_of(const RowFound<Acc<T>>& row, const Pack<T, V>& x,
                                            const PackMask<Acc<T>, V>& mask, int v) {
-  return normalised_logit(widen(x.value[v]), row.mean, row.inverse) + mask.bias[v];
+  // Divided: a product with the rounded inverse would move all logits of a long row one way.
+  return (widen(x.value[v]) - row.mean) / row.divisor.value + mask.bias[v];
 }
 
 // Adds the visible elements of a pack: add(sums, v, exponential).

@@ -74,8 +74,8 @@ def test_the_main_path_moves_16_bytes_at_a_time(rows: list[Row]) -> None:
 
 def test_registers_allow_the_occupancy_that_the_kernels_state(rows: list[Row]) -> None:
     for row in rows:
-        if row.kernel.endswith("bfloat16, int8, stochastic"):
-            assert row.registers <= 80, row  # eight elements a thread
+        if ", int8" in row.kernel:
+            assert row.registers <= 96, row  # eight elements a thread
         elif family(row).endswith(("_update", "_advance")) or family(row) == "squares":
             assert row.registers <= 64, row
         elif family(row) == "norm_forward":

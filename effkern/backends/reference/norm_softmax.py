@@ -74,7 +74,7 @@ def backward(
     grad_x, grad_tau = x.new_empty(0), c.new_empty(0)
     if wants_x:
         squares = torch.where(is_sigma, variance * count, 1)
-        of_sigma = torch.where(is_sigma, c * along / squares, 0)
+        of_sigma = torch.where(is_sigma, c * (along / squares), 0)
         grad_x = ((dz - of_sigma) / divided_by).to(x.dtype).contiguous()
     if wants_tau:
         grad_tau = torch.where(is_tau, -along / tau**2, 0).flatten()

@@ -265,14 +265,14 @@ def norm_softmax_forward_long_kernel(
     )
     number = temperature(tau, tau_value, ACC)
     divisor, _, _ = divisor_of(squares, count, number, scalar(eps, ACC))
-    inverse = quotient(1.0, divisor)
     tops = tl.full((BLOCK,), float("-inf"), ACC)
     sums = tl.zeros((BLOCK,), ACC)
     for start in range(0, features, BLOCK):
         column = (start + tl.arange(0, BLOCK)).to(tl.int64)
         inside = column < features
         visible, bias = load_mask(mask_row, column * mask_stride, inside, hidden, KIND, ACC)
-        z = (load_x(x_row, column * x_stride, inside, ACC) - mean) * inverse + bias
+        c = load_x(x_row, column * x_stride, inside, ACC) - mean
+        z = quotient(c, divisor) + bias
         tops, factor = raised(tops, z, visible)
         sums = sums * factor + tl.where(visible, exponential(z - tops), 0)
     top = tl.max(tops, axis=0)
@@ -282,7 +282,8 @@ def norm_softmax_forward_long_kernel(
         column = (start + tl.arange(0, BLOCK)).to(tl.int64)
         inside = column < features
         visible, bias = load_mask(mask_row, column * mask_stride, inside, hidden, KIND, ACC)
-        z = (load_x(x_row, column * x_stride, inside, ACC) - mean) * inverse + bias
+        c = load_x(x_row, column * x_stride, inside, ACC) - mean
+        z = quotient(c, divisor) + bias
         e = tl.where(visible, exponential(z - top) * factor, 0)
         tl.store(y_row + column * y_stride, to_storage(e, y.dtype.element_ty), mask=inside)
 
@@ -339,7 +340,7 @@ def norm_softmax_backward_long_kernel(
         visible, bias = load_mask(mask_row, column * mask_stride, inside, hidden, KIND, ACC)
         c = load_x(x_row, column * x_stride, inside, ACC) - mean
         g = load_x(grad_row, column * grad_stride, inside, ACC)
-        z = c * inverse + bias
+        z = quotient(c, divisor) + bias
         tops, factor = raised(tops, z, visible)
         e = tl.where(visible, exponential(z - tops), 0)
         weights *= factor
@@ -370,7 +371,7 @@ def norm_softmax_backward_long_kernel(
             visible, bias = load_mask(mask_row, column * mask_stride, inside, hidden, KIND, ACC)
             c = load_x(x_row, column * x_stride, inside, ACC) - mean
             g = load_x(grad_row, column * grad_stride, inside, ACC)
-            dz = exponential(c * inverse + bias - top) * factor * (g - mean_g)
+            dz = exponential(quotient(c, divisor) + bias - top) * factor * (g - mean_g)
             dx = tl.where(visible, (dz - c * on_c) * inverse, 0)
             place = out_row + column * grad_x_stride
             tl.store(place, to_storage(dx, grad_x.dtype.element_ty), mask=inside)
