@@ -77,7 +77,8 @@ def test_long_rows(backend: Backend, features: int, kind: str) -> None:
     if kind == "additive":
         mask = torch.where(mask, torch.randn(2, features, device=backend.device), float("-inf"))
         mask[1] = float("-inf")
-    check(x, mask=mask)
+    # The definition's sum over so many may be luckier than that of what users write.
+    check(x, mask=mask, plain=naive if kind == "none" else None)
     if features == 16385 and not backend.slow:
         check(x.bfloat16(), mask=mask)
 
