@@ -41,7 +41,7 @@ class BackendStatus:
     ops: tuple[str, ...]
 
 
-#: Every family has all four backends.
+#: The families that have all four backends; attention has two.
 _OPS = (
     "adam",
     "rms_norm",
@@ -50,6 +50,7 @@ _OPS = (
     "norm_softmax",
     "norm_softmax_cross_entropy",
 )
+_OPS_OF = {name: (*_OPS, "norm_softmax_attention") for name in ("reference", "cpu")}
 
 
 def triton_interprets() -> bool:
@@ -95,8 +96,9 @@ def backends() -> dict[str, BackendStatus]:
     triton_devices = ("cuda",) if gpu else ("cpu",)
 
     def status(name: str, reason: str, remedy: str, devices: tuple[str, ...]) -> BackendStatus:
+        ops = _OPS_OF.get(name, _OPS)
         return BackendStatus(
-            name, not reason, reason, remedy if reason else "", () if reason else devices, _OPS
+            name, not reason, reason, remedy if reason else "", () if reason else devices, ops
         )
 
     return {

@@ -132,8 +132,14 @@ def _served_table(
     backends: dict[str, dict[str, Any]], served_by: dict[str, str | None]
 ) -> RenderableType:
     table = _table("Which backend serves what", "op", "CPU tensors", "CUDA tensors")
+
+    def server(op: str, name: str | None) -> str:
+        if name is None:
+            return "no GPU here"
+        return "reference" if name in backends and op not in backends[name]["ops"] else name
+
     for op in sorted({op for status in backends.values() for op in status["ops"]}):
-        table.add_row(op, served_by["cpu"], served_by["cuda"] or "no GPU here")
+        table.add_row(op, server(op, served_by["cpu"]), server(op, served_by["cuda"]))
     return table
 
 
