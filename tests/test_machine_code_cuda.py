@@ -87,7 +87,7 @@ WITH_A_FRAME = ("softmax_long", "softmax_held", "softmax_backward_long", "cross_
 def test_nothing_spills_and_nothing_is_local(rows: list[Row]) -> None:
     found = [row for row in rows if row.spill_bytes or row.local_bytes]
     assert {arguments(row)[0] for row in found} <= set(WITH_A_FRAME)
-    assert all(row.local_bytes <= 40 for row in found)
+    assert all(row.local_bytes <= 56 for row in found)
 
 
 def test_the_aligned_path_moves_16_bytes_at_a_time(rows: list[Row]) -> None:
