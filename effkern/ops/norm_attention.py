@@ -195,8 +195,8 @@ def _attend(
 def _trusted_kernels(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 ) -> contextlib.AbstractContextManager[object]:
-    """A context without PyTorch's fused kernels where they went wrong on an H100 (PyTorch 2.11):
-    empty tensors, and additive masks in 16 bits.
+    """A context without PyTorch's fused kernels where results were wrong on an H100 (PyTorch 2.11):
+    for empty tensors, which they refuse, and additive masks in 16 bits, for a cause not known.
     """
     is_empty = not (q.numel() and k.numel() and v.numel())
     is_narrow = mask is not None and mask.dtype != torch.bool and mask.dtype.itemsize == 2
