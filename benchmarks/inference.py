@@ -10,6 +10,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +24,13 @@ from effkern.bench.timers import Contestant, WallClock, alternate
 from effkern.cli.console import progress
 from effkern.convert.runtime import BiasedRMSNorm
 
-#: Seconds that the rounds of one case may take.
-SECONDS = 8.0
-MOST_ROUNDS, FEWEST_ROUNDS = 101, 9
+#: Copies of each model that are timed one after another: where its weights come to lie in memory
+#: can make a model some percent faster or slower, with norms or without.
+COPIES = 6
 
-#: Calls of every norm under one reading of the clock, where the norms alone are timed.
-CALLS = 4
+#: Seconds that the rounds of one case may take, all copies together.
+SECONDS = 24.0
+MOST_ROUNDS, FEWEST_ROUNDS = 101, 4
 
 #: The copy whose norms are gone: what a norm that costs nothing would give.
 BOUND = "no norms"
@@ -102,41 +104,58 @@ def calls_of_norms(model: torch.nn.Module, x: torch.Tensor) -> Callable[[object]
 def measure(name: str) -> Result:
     title, make, inputs = MODELS[name]
     torch.manual_seed(0)
-    stock = make().eval()
-    bound = without_norms(copy.deepcopy(stock))
-    converted = copy.deepcopy(stock)
+    original = make().eval()
+    bare = without_norms(copy.deepcopy(original))
+    converted = copy.deepcopy(original)
     report = effkern.convert.to_rmsnorm(converted, (inputs(1),)).report
-    models = {OURS: converted, "stock": stock, BOUND: bound}
-    cases = []
-    for batch in BATCHES:
-        x = inputs(batch)
-        contestants = {
-            key: Contestant(lambda _, model=model, x=x: model(x)) for key, model in models.items()
-        }
-        clock = WallClock()
-        start = clock.mark()
-        alternate(contestants, rounds=1, clock=clock, warm_up=0)
-        once = clock.seconds(start, clock.mark())
-        rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(SECONDS / once)))
-        case = f"{title}, batch {batch}"
-        with progress() as show:
-            times = alternate(
-                contestants,
-                rounds=rounds,
-                clock=clock,
-                on_round=counter(show, case, rounds + 2),
-            )
-        cases.append(Case(case, make_rows(times), of_overhead=True))
-        alone = {
-            key: Contestant(calls_of_norms(model, x))
-            for key, model in models.items()
-            if key != BOUND
-        }
-        times = alternate(alone, rounds=MOST_ROUNDS, clock=clock, calls=CALLS)
-        cases.append(Case(f"{case}{ALONE}", make_rows(times), of_overhead=True))
-    settings = {"device": "cpu", "threads": torch.get_num_threads(), "dtype": "float32"}
+    originals = {OURS: converted, "stock": original, BOUND: bare}
+    times: dict[str, dict[str, list[float]]] = {}
+    for number in range(COPIES):
+        models = {key: copy.deepcopy(model) for key, model in originals.items()}
+        for batch in BATCHES:
+            x = inputs(batch)
+            case = f"{title}, batch {batch}"
+            if number == 0:
+                times[case] = {key: [] for key in models}
+                times[f"{case}{ALONE}"] = {key: [] for key in models if key != BOUND}
+            of_models = {key: partial(call, model, x) for key, model in models.items()}
+            add(times[case], of_models, case, SECONDS / COPIES)
+            alone = {key: calls_of_norms(models[key], x) for key in models if key != BOUND}
+            add(times[f"{case}{ALONE}"], alone, case, SECONDS / COPIES / 8)
+    cases = [Case(case, make_rows(taken), of_overhead=True) for case, taken in times.items()]
+    settings = {
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "copies": COPIES,
+    }
     notes = [f"{len(report.swapped)} norms converted, {len(report.left)} left"]
     return Result("inference", settings, machine.describe(), cases, notes=notes)
+
+
+def call(model: torch.nn.Module, x: torch.Tensor, _: object) -> object:
+    return model(x)
+
+
+def add(
+    times: dict[str, list[float]],
+    functions: dict[str, Callable[[object], object]],
+    case: str,
+    seconds: float,
+) -> None:
+    """Append the times of as many rounds as take some seconds."""
+    contestants = {key: Contestant(function) for key, function in functions.items()}
+    clock = WallClock()
+    alternate(contestants, rounds=1, clock=clock, warm_up=0)
+    start = clock.mark()
+    alternate(contestants, rounds=1, clock=clock, warm_up=0)
+    once = clock.seconds(start, clock.mark())
+    rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(seconds / once)))
+    with progress() as show:
+        on_round = counter(show, case, rounds)
+        found = alternate(contestants, rounds=rounds, clock=clock, warm_up=0, on_round=on_round)
+    for key, taken in found.items():
+        times[key] += taken
 
 
 def print_table() -> None:

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from effkern.nn import CRMSNorm
 from effkern.nn.functional import crms_norm
+from effkern.nn.parameters import parameter
 from effkern.ops.norm import affine_norm
 
 __all__ = [
@@ -35,11 +36,11 @@ class BiasedRMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``x / sqrt(mean(x^2) + eps) * weight + bias``, over the last dimension."""
+        weight, bias = parameter(self, "weight"), parameter(self, "bias")
         if self.training and self.layer_norm_in_training:
-            return torch.nn.functional.layer_norm(
-                x, self.normalized_shape, self.weight, self.bias, self.eps or 0.0
-            )
-        return affine_norm("rms_norm", x, self.normalized_shape, self.weight, self.bias, self.eps)  # type: ignore[return-value]
+            eps = self.eps or 0.0
+            return torch.nn.functional.layer_norm(x, self.normalized_shape, weight, bias, eps)
+        return affine_norm("rms_norm", x, self.normalized_shape, weight, bias, self.eps)  # type: ignore[return-value]
 
 
 class ExpandedRMSNorm(BiasedRMSNorm):

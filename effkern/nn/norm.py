@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from effkern.nn.functional import crms_norm, layer_norm, rms_norm
+from effkern.nn.parameters import parameter
 
 __all__ = ["CRMSNorm", "LayerNorm", "RMSNorm"]
 
@@ -54,7 +55,7 @@ class RMSNorm(torch.nn.RMSNorm):
         return rms_norm(
             x,
             self.normalized_shape,
-            self.weight,
+            parameter(self, "weight"),
             self.eps,
             residual=residual,
             memory_efficient=self.memory_efficient,
@@ -102,8 +103,8 @@ class LayerNorm(torch.nn.LayerNorm):
         return layer_norm(
             x,
             self.normalized_shape,
-            self.weight,
-            self.bias,
+            parameter(self, "weight"),
+            parameter(self, "bias"),
             self.eps,
             residual=residual,
             memory_efficient=self.memory_efficient,
@@ -169,7 +170,11 @@ class CRMSNorm(torch.nn.Module):
                 f"CRMSNorm: x must have d - 1 = {self.d - 1} features, got shape {tuple(x.shape)}"
             )
         return crms_norm(
-            x, self.weight, self.eps, residual=residual, memory_efficient=self.memory_efficient
+            x,
+            parameter(self, "weight"),
+            self.eps,
+            residual=residual,
+            memory_efficient=self.memory_efficient,
         )
 
     def extra_repr(self) -> str:

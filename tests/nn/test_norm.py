@@ -28,6 +28,32 @@ def test_same_as_torch(
     torch.testing.assert_close(mine(x), stock(x))
 
 
+@pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm"])
+def test_parameters_that_were_replaced(name: str) -> None:
+    """By functional_call, by a parametrization, and by a plain tensor in their place."""
+    norm, x = getattr(effkern.nn, name)(8), torch.randn(3, 8)
+    doubled = 2 * norm(x).detach()
+    twice = {key: 2 * value for key, value in norm.state_dict().items()}
+    torch.testing.assert_close(torch.func.functional_call(norm, twice, (x,)), doubled)
+
+    class Twice(torch.nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 2 * weight
+
+    parametrized = copy.deepcopy(norm)
+    torch.nn.utils.parametrize.register_parametrization(parametrized, "weight", Twice())
+    torch.testing.assert_close(parametrized(x), doubled)
+    plain = copy.deepcopy(norm)
+    del plain.weight
+    plain.weight = 2 * norm.weight.detach()
+    torch.testing.assert_close(plain(x), doubled)
+    compiled = torch.compile(norm, fullgraph=True)
+    torch.testing.assert_close(2 * compiled(x).detach(), doubled)
+    with torch.no_grad():
+        norm.weight.mul_(2)
+    torch.testing.assert_close(compiled(x).detach(), doubled)
+
+
 def test_layer_norm_without_a_bias() -> None:
     stock, mine = (module.LayerNorm(8, bias=False) for module in (torch.nn, effkern.nn))
     x = torch.randn(3, 8)
