@@ -51,7 +51,8 @@ def norm_softmax_attention(
         v: values, shape (*, S, Ev), of the same dtype.
         attn_mask: broadcasting to (*, L, S). Boolean: True takes part. Additive, of float32 or q's
             dtype: entries at or below half its lowest finite value are hidden; others are added
-            after the scores were normalised, and sigma is that of the scores without them.
+            after the scores were normalised, and sigma is that of the scores without them. On a
+            GPU they are rounded to q's dtype.
         dropout_p: probability with which a probability becomes zero; applied whenever above 0.
         is_causal: row i sees the keys up to i, counted from the top left.
         scale: of the scores; None: ``1 / sqrt(E)``.
@@ -176,14 +177,15 @@ def _attend(
         q, k = divide(q, k, seen, scale, tau, eps)
     if scale <= 0:  # PyTorch's kernels multiply what a mask hides by it
         q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
-    with _trusted_kernels(q, k, v, seen.for_softmax):
+    for_softmax = _as_kernels_read_it(seen.for_softmax, q)
+    with _trusted_kernels(q, k, v):
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=seen.for_softmax,
+            attn_mask=for_softmax,
             dropout_p=dropout_p,
-            is_causal=causal and seen.for_softmax is None,
+            is_causal=causal and for_softmax is None,
             scale=scale,
             enable_gqa=gqa,
         )
@@ -192,15 +194,19 @@ def _attend(
     return y.reshape(*leading, *y.shape[-2:])
 
 
-def _trusted_kernels(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-) -> contextlib.AbstractContextManager[object]:
-    """A context without PyTorch's fused kernels where results were wrong on an H100 (PyTorch 2.11):
-    for empty tensors, which they refuse, and additive masks in 16 bits, for a cause not known.
+def _as_kernels_read_it(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """An additive mask in q's dtype on a GPU, where PyTorch's fused kernels take one of float32
+    beside 16-bit queries and read it as if it had theirs (seen with 2.11).
     """
-    is_empty = not (q.numel() and k.numel() and v.numel())
-    is_narrow = mask is not None and mask.dtype != torch.bool and mask.dtype.itemsize == 2
-    if q.is_cuda and (is_empty or is_narrow):
+    if mask is None or not q.is_cuda or mask.dtype in (torch.bool, q.dtype):
+        return mask
+    lowest = torch.finfo(q.dtype).min
+    return torch.where(reference.is_seen(mask), mask.clamp(lowest, -lowest), -math.inf).to(q.dtype)
+
+
+def _trusted_kernels(q: Tensor, k: Tensor, v: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context without PyTorch's fused kernels for empty tensors on a GPU, which they refuse."""
+    if q.is_cuda and not (q.numel() and k.numel() and v.numel()):
         return sdpa_kernel(SDPBackend.MATH)
     return contextlib.nullcontext()
 
