@@ -14,3 +14,6 @@
 
 // The same for member functions that are not static.
 #define EFFKERN_MEMBER EFFKERN_HOST_DEVICE inline __attribute__((always_inline))
+
+// The same for lambdas, behind their parameters.
+#define EFFKERN_LAMBDA __attribute__((always_inline))

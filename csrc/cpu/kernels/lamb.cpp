@@ -27,12 +27,13 @@ template <class T>
 void advance_chunk(const Arrays<T>& a, int64_t begin, int64_t end, Acc<T> factor,
                    const Lamb::Scalars<Acc<T>>& scalars, double* squares) {
   SumOfSquares<T> params, directions;
-  int64_t i = begin;
-  for (; i + kLanes<T> <= end; i += kLanes<T>) {
-    const Vec<T> param = load(a.param + i);
-    directions.add(advance_vector(a, i, factor, scalars, param));
-    params.add(param);
-  }
+  const int64_t i = over_lines<T>(
+      begin, end, [&](int64_t i) EFFKERN_LAMBDA { prefetch<Lamb, 0>(a, i + kAhead<T>); },
+      [&](int64_t i) EFFKERN_LAMBDA {
+        const Vec<T> param = load(a.param + i);
+        directions.add(advance_vector(a, i, factor, scalars, param));
+        params.add(param);
+      });
   if (i < end) {
     Tail<T> tail(a, i, end - i);  // zeros behind the end, whose direction is 0 or NaN
     const Vec<T> param = load(tail.param);
@@ -78,8 +79,10 @@ void apply(const StepTask& task, const Lamb& rule, const double* ratios, int64_t
     const Arrays<T> a = arrays_at<T>(row);
     const auto& scalars = all_scalars.at(row);
     const Acc<T> step_size = static_cast<Acc<T>>(task.lr * ratios[t]);
-    int64_t i = from;
-    for (; i + kLanes<T> <= to; i += kLanes<T>) apply_vector(a, i, step_size, scalars);
+    const Arrays<T> read = {a.param, a.param, {a.state[0], a.state[1]}};
+    const int64_t i = over_lines<T>(
+        from, to, [&](int64_t i) EFFKERN_LAMBDA { prefetch<Lamb, 0>(read, i + kAhead<T>); },
+        [&](int64_t i) EFFKERN_LAMBDA { apply_vector(a, i, step_size, scalars); });
     if (i < to) {
       Tail<T> tail(a, i, to - i);
       apply_vector(tail.arrays(), 0, step_size, scalars);

@@ -3,8 +3,6 @@
 
 #include "cpu/kernels.h"
 
-#define EFFKERN_LAMBDA __attribute__((always_inline))
-
 namespace effkern::cpu::EFFKERN_ISA {
 namespace {
 

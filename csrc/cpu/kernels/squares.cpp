@@ -11,9 +11,14 @@ template <class T>
 double sum_of_squares(const T* x, int64_t count) {
   SumOfSquares<T> sums[4];
   const int64_t quarter = count / (4 * kLanes<T>)*kLanes<T>;
-  for (int64_t i = 0; i < quarter; i += kLanes<T>) {
-    for (int q = 0; q < 4; ++q) sums[q].add(load(x + q * quarter + i));
-  }
+  over_lines<T>(
+      0, quarter,
+      [&](int64_t i) EFFKERN_LAMBDA {  // of the chunk that comes next
+        for (int q = 0; q < 4; ++q) __builtin_prefetch(x + count + q * quarter + i);
+      },
+      [&](int64_t i) EFFKERN_LAMBDA {
+        for (int q = 0; q < 4; ++q) sums[q].add(load(x + q * quarter + i));
+      });
   int64_t i = 4 * quarter;
   for (; i + kLanes<T> <= count; i += kLanes<T>) sums[0].add(load(x + i));
   sums[1].add(load_first(x + i, count - i));

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/kernels.h"
+#include "cpu/kernels/streams.h"
 
 namespace effkern::cpu::EFFKERN_ISA {
 namespace {
@@ -11,7 +12,7 @@ namespace {
 // cache line.
 constexpr int64_t kGranule = 64;
 
-// A tensor of at most so many elements is small: see update_stretch.
+// A stretch of at most so many elements is small: see upcoming.
 constexpr int64_t kSmall = 4096;
 
 template <class T>
@@ -111,21 +112,34 @@ EFFKERN_INLINE void prefetch(const Arrays<T>& a, int64_t i) {
   }
 }
 
-// While a small tensor is updated, the next one is brought near: the hardware follows a stream only
-// once it is under way, and a small tensor ends before that. `ahead` is how much of `next` is worth
-// it.
+// What is to be brought near while elements from `begin` on are updated: elements of `arrays` from
+// `from` on, `count` of them.
+template <class T>
+struct Upcoming {
+  const Arrays<T>& arrays;
+  int64_t from, count;
+};
+
+// A large tensor's own next elements; of a small one, which ends before that helps, the next
+// tensor.
+template <class T>
+Upcoming<T> upcoming(const Arrays<T>& a, int64_t begin, int64_t end, const Arrays<T>& next,
+                     int64_t numel_of_next) {
+  if (end - begin <= kSmall) return {next, 0, numel_of_next};
+  return {a, begin + kAhead<T>, end - begin - kAhead<T>};
+}
+
 template <class Rule, int kVariant, class T, class S>
 void update_stretch(const Arrays<T>& a, int64_t begin, int64_t end, S factor,
-                    const typename Rule::template Scalars<S>& scalars, const Arrays<T>& next,
-                    int64_t ahead) {
-  int64_t i = begin;
-  for (int64_t j = 0; j < ahead && i + kLanes<T> <= end; i += kLanes<T>, j += kLanes<T>) {
-    prefetch<Rule, kVariant>(next, j);
-    update_vector<Rule, kVariant>(a, i, factor, scalars);
-  }
-  for (; i + kLanes<T> <= end; i += kLanes<T>) {
-    update_vector<Rule, kVariant>(a, i, factor, scalars);
-  }
+                    const typename Rule::template Scalars<S>& scalars, const Upcoming<T>& coming) {
+  const int64_t i = over_lines<T>(
+      begin, end,
+      [&](int64_t i) EFFKERN_LAMBDA {
+        if (i - begin < coming.count) {
+          prefetch<Rule, kVariant>(coming.arrays, coming.from + (i - begin));
+        }
+      },
+      [&](int64_t i) EFFKERN_LAMBDA { update_vector<Rule, kVariant>(a, i, factor, scalars); });
   if (i < end) {
     Tail<T> tail(a, i, end - i);
     update_vector<Rule, kVariant>(tail.arrays(), 0, factor, scalars);
@@ -152,10 +166,12 @@ void update(const StepTask& task, const Rule& rule, int64_t begin, int64_t end) 
     const int64_t to = granule_at_or_after(end - first, numel);
     first += numel;
     if (from >= to) continue;
-    const int64_t* const next = i + 1 < task.tensors ? row + kTableColumns : row;
-    const int64_t ahead = to - from <= kSmall && next != row ? next[kNumel] : 0;
-    update_stretch<Rule, kVariant>(arrays_at<T>(row), from, to, factor, scalars.at(row),
-                                   arrays_at<T>(next), ahead);
+    const bool is_last = i + 1 == task.tensors;
+    const int64_t* const next = is_last ? row : row + kTableColumns;
+    const Arrays<T> arrays = arrays_at<T>(row), next_arrays = arrays_at<T>(next);
+    update_stretch<Rule, kVariant>(
+        arrays, from, to, factor, scalars.at(row),
+        upcoming(arrays, from, to, next_arrays, is_last ? 0 : next[kNumel]));
   }
 }
 
