@@ -12,6 +12,9 @@
 // without it.
 #define EFFKERN_INLINE EFFKERN_HOST_DEVICE static inline __attribute__((always_inline))
 
+// Internal linkage and a function of its own.
+#define EFFKERN_OUTLINE [[maybe_unused]] static __attribute__((noinline))
+
 // The same for member functions that are not static.
 #define EFFKERN_MEMBER EFFKERN_HOST_DEVICE inline __attribute__((always_inline))
 

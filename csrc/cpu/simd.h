@@ -261,15 +261,18 @@ EFFKERN_INLINE Vec<T> rounded_to(Vec<T> v) {
 
 // ---- the last elements of a row or tensor: fewer than a vector ----
 
+// Never inlined: a loop over rows has one such call for each of its operands, and takes few of
+// them.
+
 // Elements past `count` read as zero.
 template <class T>
-EFFKERN_INLINE Vec<T> load_first(const T* p, int64_t count) {
+EFFKERN_OUTLINE Vec<T> load_first(const T* p, int64_t count) {
   T padded[kLanes<T>] = {};
   __builtin_memcpy(padded, p, static_cast<size_t>(count) * sizeof(T));
   return load(padded);
 }
 template <class T>
-EFFKERN_INLINE void store_first(T* p, Vec<T> v, int64_t count) {
+EFFKERN_OUTLINE void store_first(T* p, Vec<T> v, int64_t count) {
   T padded[kLanes<T>];
   store(padded, v);
   __builtin_memcpy(p, padded, static_cast<size_t>(count) * sizeof(T));
@@ -415,7 +418,7 @@ EFFKERN_INLINE auto largest_lane(V v) {
 
 // The first `count` lanes of v, and `rest` in the others.
 template <class T>
-EFFKERN_INLINE Vec<T> with_rest(Vec<T> v, int64_t count, Acc<T> rest) {
+EFFKERN_OUTLINE Vec<T> with_rest(Vec<T> v, int64_t count, Acc<T> rest) {
   for (int64_t i = count; i < kLanes<T>; ++i) v[i] = rest;
   return v;
 }

@@ -3,61 +3,24 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from effkern.nn.norm import CRMSNorm, LayerNorm, RMSNorm
 from effkern.nn.recognised import HOW, NotRecognised, Recognised, recognise, twin_class
+from effkern.nn.swap_report import Left, Report, Swapped
 from effkern.ops._declare import DTYPES
 
-__all__ = ["LeftNorm", "SwapReport", "SwappedNorm", "swap_norms"]
-
-
-@dataclass(frozen=True)
-class SwappedNorm:
-    """A module that was exchanged.
-
-    Attributes:
-        path: its name in the model; empty for the model itself.
-        module: the module, the same object as before.
-        was: its class before.
-        now: its class since.
-    """
-
-    path: str
-    module: nn.Module
-    was: type[nn.Module]
-    now: type[nn.Module]
-
-
-@dataclass(frozen=True)
-class LeftNorm:
-    """A norm that stayed as it was.
-
-    Attributes:
-        path: its name in the model; empty for the model itself.
-        kind: its class.
-        reason: why.
-    """
-
-    path: str
-    kind: type[nn.Module]
-    reason: str
+__all__ = ["SwapReport", "swap_norms"]
 
 
 @dataclass
-class SwapReport:
-    """What `swap_norms` did.
+class SwapReport(Report[type[nn.Module]]):
+    """What `swap_norms` did: which modules have another class since, and which have not."""
 
-    Attributes:
-        swapped: what was exchanged, in the order of ``model.named_modules()``.
-        left: what was not, and why.
-    """
-
-    swapped: list[SwappedNorm] = field(default_factory=list)
-    left: list[LeftNorm] = field(default_factory=list)
+    noun = "norms"
 
     def undo(self) -> None:
         """Give every module its class back; a second call does nothing.
@@ -74,18 +37,6 @@ class SwapReport:
                 changed.append(norm.path)
         if changed:
             raise RuntimeError(f"undo: these are no longer what was swapped in: {changed}")
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.swapped)} norms swapped, {len(self.left)} left"]
-        lines += [
-            f"  swapped {norm.path or '(the model)'}: {norm.was.__name__} -> {norm.now.__name__}"
-            for norm in self.swapped
-        ]
-        lines += [
-            f"  left    {norm.path or '(the model)'}: {norm.kind.__name__}: {norm.reason}"
-            for norm in self.left
-        ]
-        return "\n".join(lines)
 
 
 def swap_norms(model: nn.Module) -> SwapReport:
@@ -117,7 +68,7 @@ def swap_norms(model: nn.Module) -> SwapReport:
         found = _why_not(module) or _recognised(module, known)
         if isinstance(found, str):
             if _is_called_norm(module):
-                report.left.append(LeftNorm(path, kind, found))
+                report.left.append(Left(path, kind, found))
             continue
         if isinstance(found, Recognised):
             twin = twin_class(kind, found.form.centred, found.eps)
@@ -125,7 +76,7 @@ def swap_norms(model: nn.Module) -> SwapReport:
         else:
             twin = found
         module.__class__ = twin
-        report.swapped.append(SwappedNorm(path, module, kind, twin))
+        report.swapped.append(Swapped(path, module, kind, twin))
     return report
 
 

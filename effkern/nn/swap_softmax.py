@@ -10,68 +10,24 @@ from torch import nn
 from effkern.nn import transformers_attention as transformers
 from effkern.nn.norm_attention import NormSoftmaxAttention
 from effkern.nn.norm_softmax import NormSoftmaxCrossEntropyLoss
+from effkern.nn.swap_report import Left, Report, Swapped
 from effkern.ops._declare import DTYPES
 
-__all__ = ["LeftSoftmax", "SoftmaxReport", "SwappedSoftmax", "swap_softmax"]
-
-
-@dataclass(frozen=True)
-class SwappedSoftmax:
-    """A module whose softmax was exchanged.
-
-    Attributes:
-        path: its name in the model; empty for the model itself.
-        module: the module, the same object as before.
-        was: its class before; of a layer of transformers, the name of its attention function.
-        now: the same since.
-    """
-
-    path: str
-    module: nn.Module
-    was: str
-    now: str
-
-
-@dataclass(frozen=True)
-class LeftSoftmax:
-    """A module that stayed as it was.
-
-    Attributes:
-        path: its name in the model; empty for the model itself.
-        kind: its class.
-        reason: why.
-    """
-
-    path: str
-    kind: type[nn.Module]
-    reason: str
+__all__ = ["SoftmaxReport", "swap_softmax"]
 
 
 @dataclass
-class SoftmaxReport:
-    """What `swap_softmax` did.
+class SoftmaxReport(Report[str]):
+    """What `swap_softmax` did: which classes, or attention functions, have another name since."""
 
-    Attributes:
-        swapped: what was exchanged, in the order of ``model.named_modules()``.
-        left: what was not, and why.
-    """
+    noun = "softmaxes"
 
-    swapped: list[SwappedSoftmax] = field(default_factory=list)
-    left: list[LeftSoftmax] = field(default_factory=list)
     _back: list[Callable[[], None]] = field(default_factory=list, repr=False, compare=False)
 
     def undo(self) -> None:
         """Give every module back what it had; a second call does nothing."""
         while self._back:
             self._back.pop()()
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.swapped)} softmaxes swapped, {len(self.left)} left"]
-        lines += [f"  swapped {m.path or '(the model)'}: {m.was} -> {m.now}" for m in self.swapped]
-        lines += [
-            f"  left    {m.path or '(the model)'}: {m.kind.__name__}: {m.reason}" for m in self.left
-        ]
-        return "\n".join(lines)
 
 
 def swap_softmax(model: nn.Module, attention: bool = True, loss: bool = False) -> SoftmaxReport:
@@ -137,7 +93,7 @@ def _swap_class(
     if kind is twin:
         return
     if reason := _why_not(module, stock):
-        report.left.append(LeftSoftmax(path, kind, reason))
+        report.left.append(Left(path, kind, reason))
         return
     before = dict(vars(module))
     module.__class__ = twin
@@ -155,7 +111,7 @@ def _swap_class(
                 module._buffers.pop(name, None)
 
     report._back.append(back)
-    report.swapped.append(SwappedSoftmax(path, module, kind.__name__, twin.__name__))
+    report.swapped.append(Swapped(path, module, kind.__name__, twin.__name__))
 
 
 def _why_not(module: nn.Module, stock: type[nn.Module]) -> str:
@@ -179,11 +135,11 @@ def _take_layer(
     if transformers.is_swapped(module):
         return
     if reason := transformers.why_not(module):
-        report.left.append(LeftSoftmax(path, type(module), reason))
+        report.left.append(Left(path, type(module), reason))
         return
     layers.append(module)
     was = str(module.config._attn_implementation)  # type: ignore[union-attr]
-    report.swapped.append(SwappedSoftmax(path, module, was, transformers.NAME))
+    report.swapped.append(Swapped(path, module, was, transformers.NAME))
 
 
 def _swap_layers(report: SoftmaxReport, model: nn.Module, layers: list[nn.Module]) -> None:
@@ -229,4 +185,4 @@ def _mention_others(report: SoftmaxReport, model: nn.Module) -> None:
         reason = "it is neither PyTorch's nor does it look its function up with transformers"
         if any(path.startswith(f"{swapped.path}.") for swapped in report.swapped):
             continue
-        report.left.append(LeftSoftmax(path, type(module), reason))
+        report.left.append(Left(path, type(module), reason))

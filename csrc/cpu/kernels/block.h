@@ -57,9 +57,9 @@ inline void narrow_stochastically(const float* from, int64_t count, uint32_t see
     const Floats x = load(from + i);
     const Words bits = bit_cast<Words>(x);
     const Words rounded = round_stochastically(bits, random_bits(stream, lower));
-    const Words nearest = __builtin_convertvector(to_bfloat16(x), Words);
+    const Words nearest = widened(to_bfloat16(x));
     const Words finite = bit_cast<Words>((bits & 0x7f800000u) != 0x7f800000u);
-    const Halves chosen = __builtin_convertvector((rounded & finite) | (nearest & ~finite), Halves);
+    const Halves chosen = narrowed((rounded & finite) | (nearest & ~finite));
     const int64_t left = count - i;
     __builtin_memcpy(to + i, &chosen,
                      static_cast<size_t>(left < kLanes<float> ? left : kLanes<float>) * 2);

@@ -19,6 +19,28 @@ struct Count {
   static constexpr int kCount = kNumber;
 };
 
+// Calls body with a number of args.sums() or of a flag as a type, which may be known already.
+template <class W, class Body>
+EFFKERN_INLINE void with_sums(int sums, const Body& body) {
+  if constexpr (!__is_same(W, NoWeight)) {
+    if (sums == 2) return body(Count<2>{});
+    if (sums == 1) return body(Count<1>{});
+  }
+  body(Count<0>{});
+}
+template <class W, int kSums, class Body>
+EFFKERN_INLINE void with_sums(Count<kSums> sums, const Body& body) {
+  body(sums);
+}
+template <class Body>
+EFFKERN_INLINE void with_flag(bool flag, const Body& body) {
+  flag ? body(Count<1>{}) : body(Count<0>{});
+}
+template <int kFlag, class Body>
+EFFKERN_INLINE void with_flag(Count<kFlag> flag, const Body& body) {
+  body(flag);
+}
+
 template <class W, class V>
 EFFKERN_INLINE V weighted(V v, const W* weight, int64_t i, int64_t count) {
   if constexpr (__is_same(W, NoWeight)) {
@@ -50,11 +72,11 @@ EFFKERN_INLINE NormSums<V> merged(const NormSums<V>& a, const NormSums<V>& b) {
 }
 
 // See `over_row`.
-template <class T, class Add>
+template <class T, int kUnrolled = kSlots, class Add>
 EFFKERN_INLINE NormSums<Acc<T>> sums_over(int64_t features, const Add& add) {
   using Sums = NormSums<Vec<T>>;
   const auto merge = [](const Sums& a, const Sums& b) EFFKERN_LAMBDA { return merged(a, b); };
-  const Sums all = over_row<T>(features, Sums{}, merge, add);
+  const Sums all = over_row<T, kUnrolled>(features, Sums{}, merge, add);
   return {sum_lanes(all.first), sum_lanes(all.second)};
 }
 
@@ -79,12 +101,12 @@ EFFKERN_INLINE NormRow<S> kept_of(const void* statistics, int64_t rows, int64_t 
   return {N::kNumbers == 2 ? p[0] : S(0), p[(N::kNumbers - 1) * rows]};
 }
 
-template <class N, class T, class W, bool kBias, bool kResidual>
+// Which of its parts a kernel has is decided anew for each row, before the loops over its vectors:
+// one function with all loops is a fraction of one for each choice of parts.
+template <class N, class T, bool kResidual>
 void forward_rows(const NormForward& args, int64_t begin, int64_t end) {
   using S = Acc<T>;
   const int64_t features = args.features;
-  const W* const weight = static_cast<const W*>(args.weight);
-  const W* const bias = static_cast<const W*>(args.bias);
   const bool y_streamed = is_streamed<T>(args.y, args.rows, features);
   const bool total_streamed = kResidual && is_streamed<T>(args.total, args.rows, features);
 
@@ -104,46 +126,67 @@ void forward_rows(const NormForward& args, int64_t begin, int64_t end) {
     if constexpr (N::kHasOrigin) {
       const int64_t first = features < kOriginFeatures ? features : kOriginFeatures;
       Vec<T> sum = {};
-      for_each_vector<T>(
+      for_each_vector<T, 1>(
           first, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA { sum += total_at(i, count); });
       origin = sum_lanes(sum) / static_cast<S>(first);
     }
-    const auto sums_about = [&](S origin) EFFKERN_LAMBDA {
-      const auto add = [&](NormSums<Vec<T>>& sums, int64_t i, int64_t count) EFFKERN_LAMBDA {
-        Vec<T> v = total_at(i, count);
-        // Past the end of the row stand zeros; at the origin they add nothing.
-        if constexpr (N::kHasOrigin) v = count == kLanes<T> ? v : with_rest<T>(v, count, origin);
-        N::add_forward(sums, v, origin);
-      };
-      return sums_over<T>(features, add);
+    const auto add = [&](NormSums<Vec<T>>& sums, int64_t i, int64_t count) EFFKERN_LAMBDA {
+      Vec<T> v = total_at(i, count);
+      // Past the end of the row stand zeros; at the origin they add nothing.
+      if constexpr (N::kHasOrigin) v = count == kLanes<T> ? v : with_rest<T>(v, count, origin);
+      N::add_forward(sums, v, origin);
     };
-    NormSums<S> sums = sums_about(origin);
-    if constexpr (N::kHasOrigin) {
-      if (N::is_far(sums, features)) {
-        origin = N::mean(sums, origin, features);
-        sums = sums_about(origin);
+    NormSums<S> sums;
+    for (bool again = false;; again = true) {
+      sums = sums_over<T>(features, add);
+      if constexpr (N::kHasOrigin) {
+        if (!again && N::is_far(sums, features)) {
+          origin = N::mean(sums, origin, features);
+          continue;
+        }
       }
+      break;
     }
     const NormRow<S> numbers = N::kept(sums, origin, features, static_cast<S>(args.eps));
     keep<N>(args.statistics, args.rows, row, numbers);
 
     T* const y = static_cast<T*>(args.y) + row * features;
     T* const total = static_cast<T*>(args.total) + (kResidual ? row * features : 0);
-    for_each_vector<T>(features, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA {
-      const Vec<T> v = total_at(i, count);
-      if constexpr (kResidual) put(total + i, v, count, total_streamed);
-      const Vec<T> xhat = N::normalised(v, numbers);
-      put(y + i, affine<kBias>(xhat, weight, bias, i, count), count, y_streamed);
-    });
+    const auto write = [&](auto has_bias, const auto* weight, const auto* bias) EFFKERN_LAMBDA {
+      constexpr bool kBias = decltype(has_bias)::kCount != 0;
+      for_each_vector<T>(features, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA {
+        const Vec<T> v = total_at(i, count);
+        if constexpr (kResidual) put(total + i, v, count, total_streamed);
+        const Vec<T> xhat = N::normalised(v, numbers);
+        put(y + i, affine<kBias>(xhat, weight, bias, i, count), count, y_streamed);
+      });
+    };
+    const auto write_with = [&](auto stored) EFFKERN_LAMBDA {
+      const auto* const weight = static_cast<const decltype(stored)*>(args.weight);
+      const auto* const bias = static_cast<const decltype(stored)*>(args.bias);
+      bias ? write(Count<1>{}, weight, bias) : write(Count<0>{}, weight, bias);
+    };
+    if (!args.weight) {
+      write(Count<0>{}, static_cast<const NoWeight*>(nullptr),
+            static_cast<const NoWeight*>(nullptr));
+    } else if (args.weight_dtype == args.dtype) {
+      write_with(T{});
+    } else {
+      write_with(S{});
+    }
   }
   if (y_streamed || total_streamed) finish_streams();
 }
 
 // `share` takes the rows' part of kSums sums for each feature, one after another, zero before the
-// first row.
-template <class N, class T, class W, int kSums, bool kGradTotal, bool kFromY>
-void backward_rows(const NormBackward& args, Acc<T>* share, int64_t begin, int64_t end) {
+// first row. `number_of_sums` and `has_grad_total` are numbers, of which there is one loop each in
+// here, or types.
+template <class N, class T, class W, bool kFromY, class Sums, class Flag>
+void backward_rows(const NormBackward& args, Sums number_of_sums, Flag has_grad_total,
+                   Acc<T>* share, int64_t begin, int64_t end) {
   using S = Acc<T>;
+  // What is divided by the weight waits for that, not for its sums.
+  constexpr int kUnrolled = kFromY && !__is_same(W, NoWeight) ? 1 : kSlots;
   const int64_t features = args.features;
   const W* const weight = static_cast<const W*>(args.weight);
   const W* const bias = static_cast<const W*>(args.bias);
@@ -164,50 +207,66 @@ void backward_rows(const NormBackward& args, Acc<T>* share, int64_t begin, int64
       }
     };
 
-    const auto add = [&](NormSums<Vec<T>>& sums, int64_t i, int64_t count) EFFKERN_LAMBDA {
-      const Vec<T> g = load_some(grad + i, count), v = normalised_at(i, count);
-      N::add_backward(sums, weighted(g, weight, i, count), v, numbers);
-      if constexpr (kSums >= 1) {
-        S* const p = share + i;
-        store_some(p, load_some(p, count) + g * N::normalised(v, numbers), count);
-      }
-      if constexpr (kSums == 2) {
-        S* const p = share + features + i;
-        store_some(p, load_some(p, count) + g, count);
-      }
-    };
-    const NormSums<S> sums = sums_over<T>(features, add);
+    NormSums<S> sums;
+    with_sums<W>(number_of_sums, [&](auto number) EFFKERN_LAMBDA {
+      constexpr int kSums = decltype(number)::kCount;
+      const auto add = [&](NormSums<Vec<T>>& sums, int64_t i, int64_t count) EFFKERN_LAMBDA {
+        const Vec<T> g = load_some(grad + i, count), v = normalised_at(i, count);
+        N::add_backward(sums, weighted(g, weight, i, count), v, numbers);
+        if constexpr (kSums >= 1) {
+          S* const p = share + i;
+          store_some(p, load_some(p, count) + g * N::normalised(v, numbers), count);
+        }
+        if constexpr (kSums == 2) {
+          S* const p = share + features + i;
+          store_some(p, load_some(p, count) + g, count);
+        }
+      };
+      sums = sums_over<T, kUnrolled>(features, add);
+    });
     if (!args.grad_x) continue;
 
     const NormProjection<S> projection = N::projection(sums, numbers, features);
     T* const grad_x = static_cast<T*>(args.grad_x) + row * features;
-    const T* grad_total = nullptr;
-    if constexpr (kGradTotal) {
-      grad_total = static_cast<const T*>(args.grad_total) + row_offset(args.grad_total_rows, row);
-    }
-    for_each_vector<T>(features, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA {
-      const Vec<T> g = weighted(load_some(grad + i, count), weight, i, count);
-      Vec<T> out = N::grad_x(g, normalised_at(i, count), numbers, projection);
-      if constexpr (kGradTotal) out += load_some(grad_total + i, count);
-      put(grad_x + i, out, count, streamed);
+    with_flag(has_grad_total, [&](auto flag) EFFKERN_LAMBDA {
+      constexpr bool kGradTotal = decltype(flag)::kCount != 0;
+      const T* grad_total = nullptr;
+      if constexpr (kGradTotal) {
+        grad_total = static_cast<const T*>(args.grad_total) + row_offset(args.grad_total_rows, row);
+      }
+      for_each_vector<T, kUnrolled>(features, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA {
+        const Vec<T> g = weighted(load_some(grad + i, count), weight, i, count);
+        Vec<T> out = N::grad_x(g, normalised_at(i, count), numbers, projection);
+        if constexpr (kGradTotal) out += load_some(grad_total + i, count);
+        put(grad_x + i, out, count, streamed);
+      });
     });
   }
   if (streamed) finish_streams();
 }
 
-template <class N, class T, class W, int kSums, bool kGradTotal, bool kFromY>
+template <class N, class T, class W>
 void backward_chunks(const NormBackward& args, int64_t chunk_rows, void* partial, int64_t begin,
                      int64_t end) {
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     Acc<T>* share = nullptr;
-    if constexpr (kSums > 0) {
-      const int64_t numbers = kSums * args.features;
+    if (const int64_t numbers = args.sums() * args.features; numbers > 0) {
       share = static_cast<Acc<T>*>(partial) + chunk * numbers;
       __builtin_memset(share, 0, static_cast<size_t>(numbers) * sizeof(Acc<T>));
     }
     const int64_t first = chunk * chunk_rows;
     const int64_t last = first + chunk_rows < args.rows ? first + chunk_rows : args.rows;
-    backward_rows<N, T, W, kSums, kGradTotal, kFromY>(args, share, first, last);
+    const bool has_grad_total = args.grad_total != nullptr;
+    if (args.x_is_y) {
+      // Its divisions take longer than anything that is decided for each row.
+      backward_rows<N, T, W, true>(args, args.sums(), has_grad_total, share, first, last);
+    } else {
+      with_sums<W>(args.sums(), [&](auto sums) {
+        with_flag(has_grad_total, [&](auto flag) {
+          backward_rows<N, T, W, false>(args, sums, flag, share, first, last);
+        });
+      });
+    }
   }
 }
 
@@ -226,40 +285,37 @@ void reduce(void* result, int64_t offset, int64_t share, int64_t chunks, const v
   }
 }
 
-// Calls body with values of the storage types of an input and of its weight.
+// Calls body with a value of an input's storage type.
 template <class Body>
-void with_types(DType dtype, bool has_weight, DType weight_dtype, const Body& body) {
-  const auto with_input = [&](auto input) {
-    using T = decltype(input);
-    if (!has_weight) return body(input, NoWeight{});
-    if (weight_dtype == dtype) return body(input, T{});
-    return body(input, Acc<T>{});
-  };
+void with_type(DType dtype, const Body& body) {
   switch (dtype) {
     case DType::kFloat32:
-      return with_input(float{});
+      return body(float{});
     case DType::kFloat64:
-      return with_input(double{});
+      return body(double{});
     case DType::kBFloat16:
-      return with_input(BFloat16{});
+      return body(BFloat16{});
     case DType::kFloat16:
-      return with_input(Float16{});
+      return body(Float16{});
   }
+}
+
+// And with one of its weight's.
+template <class Body>
+void with_types(DType dtype, bool has_weight, DType weight_dtype, const Body& body) {
+  with_type(dtype, [&](auto input) {
+    if (!has_weight) return body(input, NoWeight{});
+    if (weight_dtype == dtype) return body(input, input);
+    return body(input, Acc<decltype(input)>{});
+  });
 }
 
 template <class N>
 void forward(const NormForward& args, int64_t begin, int64_t end) {
-  with_types(args.dtype, args.weight != nullptr, args.weight_dtype, [&](auto input, auto weight) {
+  with_type(args.dtype, [&](auto input) {
     using T = decltype(input);
-    using W = decltype(weight);
-    if constexpr (!__is_same(W, NoWeight)) {
-      if (args.bias) {
-        return args.residual ? forward_rows<N, T, W, true, true>(args, begin, end)
-                             : forward_rows<N, T, W, true, false>(args, begin, end);
-      }
-    }
-    args.residual ? forward_rows<N, T, W, false, true>(args, begin, end)
-                  : forward_rows<N, T, W, false, false>(args, begin, end);
+    args.residual ? forward_rows<N, T, true>(args, begin, end)
+                  : forward_rows<N, T, false>(args, begin, end);
   });
 }
 
@@ -267,23 +323,7 @@ template <class N>
 void backward(const NormBackward& args, int64_t chunk_rows, void* partial, int64_t begin,
               int64_t end) {
   with_types(args.dtype, args.weight != nullptr, args.weight_dtype, [&](auto input, auto weight) {
-    using T = decltype(input);
-    using W = decltype(weight);
-    const auto with_sums = [&](auto sums) {
-      constexpr int kSums = decltype(sums)::kCount;
-      const auto with_source = [&](auto from_y) {
-        constexpr bool kFromY = decltype(from_y)::kCount != 0;
-        args.grad_total
-            ? backward_chunks<N, T, W, kSums, true, kFromY>(args, chunk_rows, partial, begin, end)
-            : backward_chunks<N, T, W, kSums, false, kFromY>(args, chunk_rows, partial, begin, end);
-      };
-      args.x_is_y ? with_source(Count<1>{}) : with_source(Count<0>{});
-    };
-    if constexpr (!__is_same(W, NoWeight)) {
-      if (args.sums() == 2) return with_sums(Count<2>{});
-      if (args.sums() == 1) return with_sums(Count<1>{});
-    }
-    with_sums(Count<0>{});
+    backward_chunks<N, decltype(input), decltype(weight)>(args, chunk_rows, partial, begin, end);
   });
 }
 
