@@ -18,8 +18,9 @@ else
 READY := build
 endif
 
-# A file of tests runs in one of two processes, whose threads do not spin while they wait.
-PYTEST = OMP_WAIT_POLICY=passive $(VENV_PYTHON) -m pytest -n 2 --dist loadfile
+# Each of two processes runs half of the tests, in order, and when it is done half of what the other
+# has left. Their threads do not spin while they wait.
+PYTEST = OMP_WAIT_POLICY=passive $(VENV_PYTHON) -m pytest -n 2 --dist worksteal
 
 CXX_FILES = $(shell find csrc tests/simt -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 

@@ -14,6 +14,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", chosen, ids=[b.name for b in chosen], indirect=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # One test that takes minutes: begun last, it would leave the other process without work.
+    items.sort(key=lambda item: item.path.name != "test_sanitizers.py")
+
+
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[backends.Backend]:
     """One backend, in use for the whole test."""
