@@ -26,12 +26,11 @@ class Forward {
       : args_(args),
         stride_(whole(args.features, kTileColumns<float>)),
         memory_(Keys<T>::doubles(stride_) + OwnKeys<S>::doubles(stride_) + kChunkKeys * stride_ +
-                FactoredForm<S>::doubles(stride_) + DirectForm<S>::doubles(stride_)),
+                QuadraticForm<S>::doubles(stride_)),
         keys_(args, memory_),
         own_(stride_, memory_),
         q_(memory_.take<S>(kChunkKeys * stride_)),
-        factored_(args.features, stride_, memory_),
-        direct_(args.features, stride_, memory_) {}
+        form_(args.features, stride_, memory_) {}
 
   // One head of keys with its heads of queries.
   void run(int64_t unit) {
@@ -39,7 +38,7 @@ class Forward {
     keys_.start(batch, head);
     if (!args_.causal) {
       keys_.join_all();
-      factored_.set(keys_.moments);
+      form_.set(keys_.moments, keys_.spread());
     }
     const int64_t group = args_.heads / args_.key_heads;
     for (int64_t first = 0; first < args_.rows; first += kChunkKeys) {
@@ -47,7 +46,7 @@ class Forward {
       if (args_.causal) {
         seen = keys_.load_chunk(first);
         set_own_keys(keys_, first, own_);
-        direct_.set(keys_.moments, keys_.spread());
+        form_.set(keys_.moments, keys_.spread());
       }
       for (int64_t member = 0; member < group; ++member) {
         rows((batch * args_.heads + head * group + member) * args_.rows, first);
@@ -62,12 +61,8 @@ class Forward {
     const int64_t count = least(kChunkKeys, args_.rows - first);
     load_rows<T>(args_.q, args_.q_rows, head_row + first, count, args_.features, stride_, q_);
     double squares[kChunkKeys];
-    if (args_.causal) {
-      direct_.squares(q_, count, squares);
-      score_own_keys(q_, count, args_.features, stride_, own_);
-    } else {
-      factored_.squares(q_, count, squares);
-    }
+    form_.squares(q_, count, squares);
+    if (args_.causal) score_own_keys(q_, count, args_.features, stride_, own_);
     const S tau = *static_cast<const S*>(args_.tau), eps = static_cast<S>(args_.eps);
     const double scale = args_.scale < 0 ? -args_.scale : args_.scale;
     for (int64_t i = 0; i < count; ++i) {
@@ -130,8 +125,7 @@ class Forward {
   Keys<T> keys_;
   OwnKeys<S> own_;
   S* q_;
-  FactoredForm<S> factored_;
-  DirectForm<S> direct_;
+  QuadraticForm<S> form_;
 };
 
 }  // namespace

@@ -1,8 +1,10 @@
-// q^T M q of many rows q, for a matrix M of moments in double precision of which the part on and
-// above the diagonal is given. cpu/kernels/isa.h must come first.
+// q^T M q of rows q, for a matrix M of moments in double precision of which the part on and above
+// the diagonal is given. cpu/kernels/isa.h must come first.
 //
-// Where q is nearly orthogonal to the directions in which M is large, large terms cancel in the sum
-// over M's elements, and float32 is too narrow for them. There are two ways around that.
+// Float32 does for a row whose form is of the usual size. Where a row is nearly orthogonal to the
+// directions in which M is large, large terms cancel, and the row is done again in double
+// precision: rows are few whose keys have no such directions, and results do not depend on other
+// rows.
 #pragma once
 
 #include "cpu/kernels/attention_keys.h"
@@ -10,87 +12,10 @@
 namespace effkern::cpu::EFFKERN_ISA {
 namespace {
 
-// |q|^2 in double precision.
 template <class S>
-EFFKERN_INLINE double squared_length(const S* q, int64_t stride) {
-  Doubles sums[kParts<S>] = {}, x[kParts<S>];
-  for (int64_t i = 0; i < stride; i += kLanes<S>) {
-    widen(load(q + i), x);
-    for (int64_t part = 0; part < kParts<S>; ++part) sums[part] += x[part] * x[part];
-  }
-  for (int64_t part = 1; part < kParts<S>; ++part) sums[0] += sums[part];
-  return sum_lanes(sums[0]);
-}
-
-// By M = U U^T, U upper triangular: |U^T q|^2 is a sum of squares, and a rounding of U moves its
-// root by no more than a rounding of the keys would. For many rows of one M.
-template <class S>
-class FactoredForm {
+class QuadraticForm {
  public:
-  FactoredForm(int64_t features, int64_t stride, Memory& memory)
-      : features_(features),
-        stride_(stride),
-        work_(memory.take<double>(stride * stride)),
-        column_(memory.take<double>(stride)),
-        factor_(memory.take<S>(stride * stride)),
-        products_(memory.take<S>(kChunkKeys * stride)) {}
-
-  static int64_t doubles(int64_t stride) {
-    return 2 * stride * stride + kChunkKeys * stride + stride + 8;
-  }
-
-  void set(const double* moments) {
-    __builtin_memcpy(work_, moments, static_cast<size_t>(stride_ * stride_) * sizeof(double));
-    for (int64_t k = features_; k-- > 0;) {
-      // What is left of a direction that other directions explain is rounding, and no part of it.
-      constexpr double kRounding = 0x1p-48;
-      const double pivot = work_[k * stride_ + k];
-      const bool is_left = pivot > kRounding * moments[k * stride_ + k];
-      const double inverse = is_left ? 1 / square_root(pivot) : 0;
-      clear(column_, stride_);
-      for (int64_t a = 0; a <= k; ++a) {
-        column_[a] = work_[a * stride_ + k] * inverse;
-        work_[a * stride_ + k] = column_[a];
-      }
-      column_[k] = 0;
-      if (is_left) take_off_column(k);
-      for (int64_t b = 0; b < k; ++b) work_[k * stride_ + b] = 0;
-    }
-    convert(work_, stride_ * stride_, factor_);
-  }
-
-  // Rows q (at most kChunkKeys) stand `stride` apart.
-  void squares(const S* q, int64_t count, double* squares) {
-    multiply<Part::kUpperRight, Onto::kNothing, S>(whole(count, kTileRows), stride_, features_,
-                                                   {q, stride_, 1}, factor_, stride_, products_,
-                                                   stride_);
-    for (int64_t i = 0; i < count; ++i) {
-      squares[i] = squared_length(products_ + i * stride_, stride_);
-    }
-  }
-
- private:
-  void take_off_column(int64_t k) {
-    for (int64_t a = 0; a < k; ++a) {
-      double* const row = work_ + a * stride_;
-      const double factor = column_[a];
-      for (int64_t b = a / kLanes<double> * kLanes<double>; b < k; b += kLanes<double>) {
-        store(row + b, load(row + b) - factor * load(column_ + b));
-      }
-    }
-  }
-
-  int64_t features_, stride_;
-  double *work_, *column_;
-  S *factor_, *products_;
-};
-
-// By M itself, for few rows of each M: in S where the terms do not cancel, and the rows where they
-// do once more in double precision.
-template <class S>
-class DirectForm {
- public:
-  DirectForm(int64_t features, int64_t stride, Memory& memory)
+  QuadraticForm(int64_t features, int64_t stride, Memory& memory)
       : features_(features),
         stride_(stride),
         upper_(memory.take<S>(stride * stride)),
@@ -109,7 +34,7 @@ class DirectForm {
     if (trace > 0) to_upper(1 / trace, upper_);
   }
 
-  // As FactoredForm has it.
+  // `count` rows q, at most kChunkKeys, stand `stride` apart.
   void squares(const S* q, int64_t count, double* squares) {
     if (!(trace_ > 0)) {
       for (int64_t i = 0; i < count; ++i) squares[i] = 0;
@@ -141,12 +66,13 @@ class DirectForm {
     }
   }
 
-  // The form is of M over its trace.
+  // Whether a row's form, of M over its trace, is so small beside those of other directions that
+  // rounding of its terms shows. Keys without a direction of their own give |q|^2 / features.
   bool cancels(S form, const S* q) const {
     if (sizeof(S) == sizeof(double)) return false;
-    constexpr S kLeast = S(1) / 256, kSmall = S(1e-30);
-    const S length = dot(q, q, stride_);
-    return !(form > kLeast * length && form > kSmall);
+    constexpr S kSmall = S(1e-30);  // below it terms are lost
+    const S usual = dot(q, q, stride_) / static_cast<S>(features_);
+    return !(form > usual / 4 && form > kSmall);
   }
 
   void in_double(const S* q, const int64_t* rows, int64_t count, double* squares) {
