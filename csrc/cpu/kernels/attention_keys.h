@@ -88,8 +88,9 @@ void convert(const From* __restrict from, int64_t count, To* __restrict to) {
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
 }
 
-// The keys of one head, and what is known of those that have been added.
-template <class T>
+// The keys of one head, and what is known of those that have been added. Products of a chunk's keys
+// are of type P, float or double; chunks are joined in double precision.
+template <class T, class P>
 class Keys {
  public:
   using S = Acc<T>;
@@ -98,7 +99,8 @@ class Keys {
       : task_(task),
         stride_(whole(task.features, kTileColumns<float>)),
         chunk_mean_(memory.take<double>(stride_)),
-        centred_(memory.take<double>(kChunkKeys * stride_)),
+        centred_(memory.take<P>(kChunkKeys * stride_)),
+        products_(memory.take<P>(stride_ * stride_)),
         near_(memory.take<S>(stride_)),
         rest_(memory.take<S>(stride_)),
         mean(memory.take<double>(stride_)),
@@ -106,7 +108,7 @@ class Keys {
         chunk(memory.take<S>(kChunkKeys * stride_)) {}
 
   static int64_t doubles(int64_t stride) {
-    return 4 * (stride + 8) + stride * stride + 2 * kChunkKeys * stride;
+    return 4 * (stride + 8) + 2 * stride * stride + 2 * kChunkKeys * stride;
   }
 
   int64_t stride() const { return stride_; }
@@ -188,10 +190,7 @@ class Keys {
   void join_chunk(int64_t first, int64_t seen) {
     if (seen == 0) return;
     mean_of_chunk(seen);
-    centre_chunk(first);
-    multiply<Part::kUpperResult, Onto::kSum, double>(whole(task_.features, kTileRows), stride_,
-                                                     kChunkKeys, {centred_, 1, stride_}, centred_,
-                                                     stride_, moments, stride_);
+    add_products(first);
     const double n_b = static_cast<double>(seen), weight = joining_weight(count, n_b);
     for (int64_t i = 0; i < stride_; ++i) chunk_mean_[i] -= mean[i];
     for (int64_t a = 0; count > 0 && a < task_.features; ++a) {
@@ -219,7 +218,31 @@ class Keys {
   }
 
  private:
-  void centre_chunk(int64_t first) {
+  // Adds those of a chunk's keys less its mean.
+  void add_products(int64_t first) {
+    const int64_t rows = whole(task_.features, kTileRows);
+    if constexpr (sizeof(P) == sizeof(double)) {
+      centre_in_double(first);
+      multiply<Part::kUpperResult, Onto::kSum, P>(rows, stride_, kChunkKeys, {centred_, 1, stride_},
+                                                  centred_, stride_, moments, stride_);
+    } else {
+      take_off(chunk_mean_, first, centred_);
+      multiply<Part::kUpperResult, Onto::kNothing, P>(
+          rows, stride_, kChunkKeys, {centred_, 1, stride_}, centred_, stride_, products_, stride_);
+      for (int64_t a = 0; a < task_.features; ++a) {
+        for (int64_t b = a / kLanes<P> * kLanes<P>; b < stride_; b += kLanes<P>) {
+          Doubles wide[kParts<P>];
+          widen(load(products_ + a * stride_ + b), wide);
+          for (int64_t part = 0; part < kParts<P>; ++part) {
+            double* const to = moments + a * stride_ + b + part * kLanes<double>;
+            store(to, load(to) + wide[part]);
+          }
+        }
+      }
+    }
+  }
+
+  void centre_in_double(int64_t first) {
     for (int64_t j = 0; j < kChunkKeys; ++j) {
       double* const to = centred_ + j * stride_;
       if (!is_seen(first + j)) {
@@ -239,7 +262,8 @@ class Keys {
 
   const NormAttentionTask& task_;
   int64_t stride_;
-  double *chunk_mean_, *centred_;
+  double* chunk_mean_;
+  P *centred_, *products_;
   S *near_, *rest_;
   int64_t first_row_ = 0;
   const uint8_t* seen_ = nullptr;
@@ -274,8 +298,8 @@ struct OwnKeys {
 };
 
 // From a loaded chunk of keys.
-template <class T>
-void set_own_keys(Keys<T>& keys, int64_t first, OwnKeys<Acc<T>>& own) {
+template <class T, class P>
+void set_own_keys(Keys<T, P>& keys, int64_t first, OwnKeys<Acc<T>>& own) {
   double count = keys.count;
   for (int64_t j = 0; j < kChunkKeys; ++j) {
     const bool seen = keys.is_seen(first + j);

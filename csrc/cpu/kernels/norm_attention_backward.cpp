@@ -16,8 +16,8 @@ class Backward {
       : args_(args),
         stride_(whole(args.features, kTileColumns<float>)),
         group_(args.heads / args.key_heads),
-        memory_(Keys<T>::doubles(stride_) + OwnKeys<S>::doubles(stride_) + 3 * stride_ * stride_ +
-                (3 * kChunkKeys + whole(args.keys, kChunkKeys)) * stride_ +
+        memory_(Keys<T, S>::doubles(stride_) + OwnKeys<S>::doubles(stride_) +
+                3 * stride_ * stride_ + (4 * kChunkKeys + whole(args.keys, kChunkKeys)) * stride_ +
                 2 * whole(group_ * args.rows, 8) + 4 * (stride_ + 8)),
         keys_(args, memory_),
         own_(stride_, memory_),
@@ -27,6 +27,7 @@ class Backward {
         q_(memory_.take<S>(kChunkKeys * stride_)),
         weighted_(memory_.take<S>(kChunkKeys * stride_)),
         products_(memory_.take<S>(kChunkKeys * stride_)),
+        of_queries_(memory_.take<S>(kChunkKeys * stride_)),
         of_keys_(memory_.take<S>(whole(args.keys, kChunkKeys) * stride_)),
         weights_(memory_.take<S>(group_ * args.rows)),
         about_(memory_.take<S>(group_ * args.rows)),
@@ -77,7 +78,7 @@ class Backward {
       }
       for (int64_t member = 0; member < group_; ++member) {
         const int64_t count = rows(member, first);
-        if (first < args_.keys) {
+        if (count > 0 && first < args_.keys) {
           multiply<Part::kUpperLeft, Onto::kSum, S>(kChunkKeys, stride_, whole(count, kTileRows),
                                                     {own_.scores, 1, kChunkKeys}, weighted_,
                                                     stride_, of_keys_ + first * stride_, stride_);
@@ -136,24 +137,24 @@ class Backward {
   // Adds a chunk's rows to what earlier chunks' keys need of them.
   void again(int64_t member, int64_t first) {
     const int64_t count = least(kChunkKeys, args_.rows - first);
+    const S *const weights = weights_ + member * args_.rows + first, *const about =
+                                                                         about_ +
+                                                                         member * args_.rows +
+                                                                         first;
+    bool any = false;
+    for (int64_t i = 0; i < count; ++i) any |= weights[i] != 0;
+    if (!any) return;
     load_rows<T>(args_.q, args_.q_rows, (first_head_ + member) * args_.rows + first, count,
                  args_.features, stride_, q_);
     for (int64_t i = 0; i < count; ++i) {
-      const S weight = weights_[member * args_.rows + first + i];
-      const S about = about_[member * args_.rows + first + i];
       for (int64_t f = 0; f < stride_; f += kLanes<S>) {
-        const Vec<S> value = weight * load(q_ + i * stride_ + f);
+        const Vec<S> value = weights[i] * load(q_ + i * stride_ + f);
         store(weighted_ + i * stride_ + f, value);
-        store(sum_about_ + f, load(sum_about_ + f) + value * about);
+        store(sum_about_ + f, load(sum_about_ + f) + value * about[i]);
       }
     }
-    clear_rest_of_weighted(count);
-    add_outer(count);
-  }
-
-  // A tile's rows that are none.
-  void clear_rest_of_weighted(int64_t count) {
     clear(weighted_ + count * stride_, (whole(count, kTileRows) - count) * stride_);
+    add_outer(count);
   }
 
   void add_outer(int64_t count) {
@@ -162,50 +163,93 @@ class Backward {
                                                 weighted_, stride_, outer_, stride_);
   }
 
-  // The gradients of a chunk's queries; leaves q_, weighted_ (and, causal, the centred scores).
+  // The gradients of a chunk's queries. The rows with a gradient through sigma are left in q_ and
+  // weighted_, and their number is returned: in causal attention all or none, at their places and
+  // with their centred scores, else without the others.
   int64_t rows(int64_t member, int64_t first) {
     const int64_t count = least(kChunkKeys, args_.rows - first);
     const int64_t row = (first_head_ + member) * args_.rows + first;
     load_rows<T>(args_.q, args_.q_rows, row, count, args_.features, stride_, q_);
-    multiply<Part::kAll, Onto::kNothing, S>(whole(count, kTileRows), stride_, args_.features,
-                                            {q_, stride_, 1}, symmetric_, stride_, products_,
-                                            stride_);
-    OwnRow<S> seen[kChunkKeys];
+    S weights[kChunkKeys];
+    if (!through_divisors(row, count, weights)) {
+      if (args_.causal) keep_weights(member * args_.rows + first, count, weights, nullptr);
+      store_queries(row, count);
+      return 0;
+    }
+    int64_t places[kChunkKeys], found = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (args_.causal || weights[i] != 0) places[found++] = i;
+    }
+    for (int64_t i = 0; i < found; ++i) {
+      const S* const from = q_ + places[i] * stride_;
+      for (int64_t f = 0; f < stride_; f += kLanes<S>) {
+        const Vec<S> q = load(from + f);
+        store(q_ + i * stride_ + f, q);
+        store(weighted_ + i * stride_ + f, weights[places[i]] * q);
+      }
+    }
+    const int64_t tiles = whole(found, kTileRows);
+    clear(weighted_ + found * stride_, (tiles - found) * stride_);
+    multiply<Part::kAll, Onto::kNothing, S>(tiles, stride_, args_.features, {q_, stride_, 1},
+                                            symmetric_, stride_, products_, stride_);
     if (args_.causal) {
+      OwnRow<S> seen[kChunkKeys];
       score_own_keys(q_, count, args_.features, stride_, own_);
-      const int64_t scored = whole(count, kTileRows);
-      for (int64_t i = 0; i < scored; ++i) seen[i] = centre_scores(keys_.count, own_, i);
-      multiply<Part::kLowerLeft, Onto::kSum, S>(scored, stride_, kChunkKeys,
+      for (int64_t i = 0; i < tiles; ++i) seen[i] = centre_scores(keys_.count, own_, i);
+      multiply<Part::kLowerLeft, Onto::kSum, S>(tiles, stride_, kChunkKeys,
                                                 {own_.scores, kChunkKeys, 1}, own_.keys, stride_,
                                                 products_, stride_);
+      keep_weights(member * args_.rows + first, count, weights, seen);
     }
+    for (int64_t i = 0; i < found; ++i) {
+      S* const of_query = of_queries_ + places[i] * stride_;
+      for (int64_t f = 0; f < stride_; f += kLanes<S>) {
+        store(of_query + f,
+              load(of_query + f) + weights[places[i]] * load(products_ + i * stride_ + f));
+      }
+    }
+    store_queries(row, count);
+    return found;
+  }
+
+  // Into of_queries_: the gradients as if sigma were constant. Into `weights`: w of each row;
+  // whether there is one.
+  bool through_divisors(int64_t row, int64_t count, S* weights) {
     const S tau = *static_cast<const S*>(args_.tau), eps = static_cast<S>(args_.eps);
     const S scales = static_cast<S>(2 * args_.scale * args_.scale);
+    bool any = false;
     for (int64_t i = 0; i < count; ++i) {
-      const S* const q = q_ + i * stride_;
+      S* const grad = of_queries_ + i * stride_;
       load_row(static_cast<const T*>(args_.grad_q) + row_offset(args_.grad_q_rows, row + i),
-               args_.features, stride_, grad_);
+               args_.features, stride_, grad);
       const S sigma = static_cast<const S*>(args_.deviation)[row + i];
       const S inverse = S(1) / attention_divisor(sigma, tau, eps);
-      const S of_divisor = -dot(grad_, q, stride_) * inverse * inverse;
+      const S of_divisor = -dot(grad, q_ + i * stride_, stride_) * inverse * inverse;
       static_cast<S*>(args_.of_divisor)[row + i] = of_divisor;
-      const double keys = args_.causal ? seen[i].count : keys_.count;
-      const S weight =
-          keys < 2 ? S(0)
-                   : through_sigma(of_divisor, sigma, tau, eps) * scales / static_cast<S>(keys);
-      S* const product = products_ + i * stride_;
-      for (int64_t f = 0; f < stride_; f += kLanes<S>) {
-        store(weighted_ + i * stride_ + f, weight * load(q + f));
-        store(product + f, load(grad_ + f) * inverse + weight * load(product + f));
-      }
-      if (args_.causal) {
-        weights_[member * args_.rows + first + i] = weight;
-        about_[member * args_.rows + first + i] = dot(q, from_origin_, stride_) + seen[i].mean;
-      }
-      store_row(static_cast<T*>(args_.of_q) + (row + i) * args_.features, product, args_.features);
+      const double keys = args_.causal ? own_.count[i] : keys_.count;
+      weights[i] = keys < 2
+                       ? S(0)
+                       : through_sigma(of_divisor, sigma, tau, eps) * scales / static_cast<S>(keys);
+      any |= weights[i] != 0;
+      for (int64_t f = 0; f < stride_; f += kLanes<S>) store(grad + f, load(grad + f) * inverse);
     }
-    clear_rest_of_weighted(count);
-    return count;
+    return any;
+  }
+
+  // What the second pass of causal attention wants of rows from `first` on; null: nothing is seen
+  // with a weight.
+  void keep_weights(int64_t first, int64_t count, const S* weights, const OwnRow<S>* seen) {
+    for (int64_t i = 0; i < count; ++i) {
+      weights_[first + i] = weights[i];
+      about_[first + i] = seen ? dot(q_ + i * stride_, from_origin_, stride_) + seen[i].mean : S(0);
+    }
+  }
+
+  void store_queries(int64_t row, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      store_row(static_cast<T*>(args_.of_q) + (row + i) * args_.features, of_queries_ + i * stride_,
+                args_.features);
+    }
   }
 
   // The gradients of a chunk's keys, from products_.
@@ -230,9 +274,9 @@ class Backward {
   const NormAttentionBackward& args_;
   int64_t stride_, group_;
   Memory memory_;
-  Keys<T> keys_;
+  Keys<T, S> keys_;
   OwnKeys<S> own_;
-  S *symmetric_, *outer_, *whole_outer_, *q_, *weighted_, *products_;
+  S *symmetric_, *outer_, *whole_outer_, *q_, *weighted_, *products_, *of_queries_;
   S *of_keys_, *weights_, *about_;
   double* origin_;  // keys are taken from here: nearer to them than zero may be
   S* from_origin_;  // the mean of the keys before a chunk

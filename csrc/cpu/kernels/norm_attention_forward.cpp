@@ -25,9 +25,11 @@ class Forward {
   explicit Forward(const NormAttentionForward& args)
       : args_(args),
         stride_(whole(args.features, kTileColumns<float>)),
-        memory_(Keys<T>::doubles(stride_) + OwnKeys<S>::doubles(stride_) + kChunkKeys * stride_ +
+        memory_(Keys<T, double>::doubles(stride_) + Keys<T, S>::doubles(stride_) +
+                OwnKeys<S>::doubles(stride_) + kChunkKeys * stride_ +
                 QuadraticForm<S>::doubles(stride_)),
         keys_(args, memory_),
+        all_(args, memory_),
         own_(stride_, memory_),
         q_(memory_.take<S>(kChunkKeys * stride_)),
         form_(args.features, stride_, memory_) {}
@@ -37,8 +39,15 @@ class Forward {
     const int64_t batch = unit / args_.key_heads, head = unit % args_.key_heads;
     keys_.start(batch, head);
     if (!args_.causal) {
-      keys_.join_all();
-      form_.set(keys_.moments, keys_.spread());
+      all_.start(batch, head);
+      all_.join_all();
+      // Products of the smallest and the largest keys are out of float32's range.
+      const double trace = all_.spread();
+      if (trace > 1e-25 && trace < 1e35) {
+        form_.set(all_.moments, trace);
+      } else {
+        form_.set(exact_moments(), keys_.spread());
+      }
     }
     const int64_t group = args_.heads / args_.key_heads;
     for (int64_t first = 0; first < args_.rows; first += kChunkKeys) {
@@ -61,12 +70,12 @@ class Forward {
     const int64_t count = least(kChunkKeys, args_.rows - first);
     load_rows<T>(args_.q, args_.q_rows, head_row + first, count, args_.features, stride_, q_);
     double squares[kChunkKeys];
-    form_.squares(q_, count, squares);
+    form_.squares(q_, count, squares, [&] { return exact_moments(); });
     if (args_.causal) score_own_keys(q_, count, args_.features, stride_, own_);
     const S tau = *static_cast<const S*>(args_.tau), eps = static_cast<S>(args_.eps);
     const double scale = args_.scale < 0 ? -args_.scale : args_.scale;
     for (int64_t i = 0; i < count; ++i) {
-      double keys = keys_.count;
+      double keys = all_.count;
       if (args_.causal) {
         const auto own = centre_scores(keys_.count, own_, i);
         squares[i] += own.squares;
@@ -85,6 +94,12 @@ class Forward {
     }
   }
 
+  // Those of the keys before a causal chunk, or of all keys.
+  const double* exact_moments() {
+    if (!args_.causal && keys_.count == 0) keys_.join_all();
+    return keys_.moments;
+  }
+
   // See `offset` in effkern/backends/reference/norm_attention.py.
   void store_offset(int64_t unit) {
     S* const offset = q_;
@@ -98,8 +113,8 @@ class Forward {
   }
 
   void offset_of_all(S* offset) const {
-    if (!(dot(keys_.mean, keys_.mean, stride_) * keys_.count > 4 * keys_.spread())) return;
-    for (int64_t i = 0; i < stride_; ++i) offset[i] = static_cast<S>(keys_.mean[i]);
+    if (!(dot(all_.mean, all_.mean, stride_) * all_.count > 4 * all_.spread())) return;
+    convert(all_.mean, stride_, offset);
   }
 
   void offset_of_the_first_two(S* offset) {
@@ -122,7 +137,8 @@ class Forward {
   const NormAttentionForward& args_;
   int64_t stride_;
   Memory memory_;
-  Keys<T> keys_;
+  Keys<T, double> keys_;  // causal: all; else only of heads with rows whose terms cancel
+  Keys<T, S> all_;        // not causal
   OwnKeys<S> own_;
   S* q_;
   QuadraticForm<S> form_;

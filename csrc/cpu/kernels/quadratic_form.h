@@ -26,16 +26,18 @@ class QuadraticForm {
 
   static int64_t doubles(int64_t stride) { return 2 * stride * stride + 3 * kChunkKeys * stride; }
 
-  // `moments` must stay; `trace` is the sum of their diagonal.
+  // `trace` is the sum of the moments' diagonal.
   void set(const double* moments, double trace) {
-    moments_ = moments, trace_ = trace;
+    trace_ = trace;
     is_wide_ = false;
     // Over the trace, so that no number of S is out of range.
-    if (trace > 0) to_upper(1 / trace, upper_);
+    if (trace > 0) to_upper(moments, 1 / trace, upper_);
   }
 
-  // `count` rows q, at most kChunkKeys, stand `stride` apart.
-  void squares(const S* q, int64_t count, double* squares) {
+  // `count` rows q, at most kChunkKeys, stand `stride` apart. `exact_moments()` is asked for where
+  // terms cancel: those that were set may hold the roundings of float32.
+  template <class Moments>
+  void squares(const S* q, int64_t count, double* squares, const Moments& exact_moments) {
     if (!(trace_ > 0)) {
       for (int64_t i = 0; i < count; ++i) squares[i] = 0;
       return;
@@ -49,15 +51,19 @@ class QuadraticForm {
       squares[i] = form * trace_;
       if (cancels(form, q + i * stride_)) again[found++] = i;
     }
-    if (found > 0) in_double(q, again, found, squares);
+    if (found == 0) return;
+    if (!is_wide_) to_upper(exact_moments(), 1, wide_upper_);
+    is_wide_ = true;
+    in_double(q, again, found, squares);
   }
 
  private:
-  // U with q^T U q = `factor` q^T M q, and zeros below the diagonal, as far as they are read.
+  // U with q^T U q = `factor` q^T `moments` q, and zeros below the diagonal, as far as they are
+  // read.
   template <class To>
-  void to_upper(double factor, To* upper) const {
+  void to_upper(const double* moments, double factor, To* upper) const {
     for (int64_t a = 0; a < features_; ++a) {
-      const double* const from = moments_ + a * stride_;
+      const double* const from = moments + a * stride_;
       To* const to = upper + a * stride_;
       const int64_t first = a / kTileColumns<float> * kTileColumns<float>;
       for (int64_t b = first; b < stride_; ++b) to[b] = static_cast<To>(from[b] * (2 * factor));
@@ -72,12 +78,10 @@ class QuadraticForm {
     if (sizeof(S) == sizeof(double)) return false;
     constexpr S kSmall = S(1e-30);  // below it terms are lost
     const S usual = dot(q, q, stride_) / static_cast<S>(features_);
-    return !(form > usual / 4 && form > kSmall);
+    return !(form > usual / 2 && form > kSmall);
   }
 
   void in_double(const S* q, const int64_t* rows, int64_t count, double* squares) {
-    if (!is_wide_) to_upper(1, wide_upper_);
-    is_wide_ = true;
     const int64_t tiles = whole(count, kTileRows);
     for (int64_t i = 0; i < tiles; ++i) {
       convert(q + rows[least(i, count - 1)] * stride_, stride_, wide_q_ + i * stride_);
@@ -94,7 +98,6 @@ class QuadraticForm {
   int64_t features_, stride_;
   S *upper_, *products_;
   double *wide_upper_, *wide_q_, *wide_products_;
-  const double* moments_ = nullptr;
   double trace_ = 0;
   bool is_wide_ = false;
 };
