@@ -46,7 +46,8 @@ class Forward {
       if (trace > 1e-25 && trace < 1e35) {
         form_.set(all_.moments, trace);
       } else {
-        form_.set(exact_moments(), keys_.spread());
+        const double* const moments = exact_moments();
+        form_.set(moments, keys_.spread());
       }
     }
     const int64_t group = args_.heads / args_.key_heads;
