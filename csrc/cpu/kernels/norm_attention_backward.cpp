@@ -189,6 +189,7 @@ class Backward {
       }
     }
     const int64_t tiles = whole(found, kTileRows);
+    clear(q_ + found * stride_, (tiles - found) * stride_);
     clear(weighted_ + found * stride_, (tiles - found) * stride_);
     multiply<Part::kAll, Onto::kNothing, S>(tiles, stride_, args_.features, {q_, stride_, 1},
                                             symmetric_, stride_, products_, stride_);
