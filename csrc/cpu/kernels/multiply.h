@@ -79,13 +79,23 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, Left<S> a, const S* 
 
 // ---- transposition ----
 
+// The lanes kFrom of two vectors, those of b counted behind those of a.
+template <int... kFrom, class V>
+EFFKERN_INLINE V lanes_of(V a, V b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, kFrom...);
+#else  // GCC before 12
+  return __builtin_shuffle(a, b, decltype(a > b){kFrom...});
+#endif
+}
+
 // The lanes of both in turn: the first half of each, and the second.
 template <class V, int... kLane>
 EFFKERN_INLINE void interleave(V a, V b, V& first, V& second,
                                std::integer_sequence<int, kLane...>) {
   constexpr int kCount = sizeof...(kLane);
-  first = __builtin_shufflevector(a, b, (kLane % 2 * kCount + kLane / 2)...);
-  second = __builtin_shufflevector(a, b, (kLane % 2 * kCount + kLane / 2 + kCount / 2)...);
+  first = lanes_of<(kLane % 2 * kCount + kLane / 2)...>(a, b);
+  second = lanes_of<(kLane % 2 * kCount + kLane / 2 + kCount / 2)...>(a, b);
 }
 
 // A square of as many rows as a vector has lanes. `from` may be `to`.
