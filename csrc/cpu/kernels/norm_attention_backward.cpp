@@ -16,7 +16,7 @@ class Backward {
       : args_(args),
         stride_(whole(args.features, kTileColumns<float>)),
         group_(args.heads / args.key_heads),
-        memory_(Keys<T, S>::doubles(stride_) + OwnKeys<S>::doubles(stride_) +
+        memory_(Keys<T, double>::doubles(stride_) + OwnKeys<S>::doubles(stride_) +
                 3 * stride_ * stride_ + (4 * kChunkKeys + whole(args.keys, kChunkKeys)) * stride_ +
                 2 * whole(group_ * args.rows, 8) + 4 * (stride_ + 8)),
         keys_(args, memory_),
@@ -275,7 +275,7 @@ class Backward {
   const NormAttentionBackward& args_;
   int64_t stride_, group_;
   Memory memory_;
-  Keys<T, S> keys_;
+  Keys<T, double> keys_;
   OwnKeys<S> own_;
   S *symmetric_, *outer_, *whole_outer_, *q_, *weighted_, *products_, *of_queries_;
   S *of_keys_, *weights_, *about_;

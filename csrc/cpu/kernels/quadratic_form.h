@@ -1,10 +1,9 @@
 // q^T M q of rows q, for a matrix M of moments in double precision of which the part on and above
 // the diagonal is given. cpu/kernels/isa.h must come first.
 //
-// Float32 does for a row whose form is of the usual size. Where a row is nearly orthogonal to the
-// directions in which M is large, large terms cancel, and the row is done again in double
-// precision: rows are few whose keys have no such directions, and results do not depend on other
-// rows.
+// Float32 does for a row whose terms do not cancel. They do where M is large in few directions and
+// a row is nearly orthogonal to them; it is done again in double precision. Results do not depend
+// on other rows.
 #pragma once
 
 #include "cpu/kernels/attention_keys.h"
@@ -49,7 +48,7 @@ class QuadraticForm {
     for (int64_t i = 0; i < count; ++i) {
       const S form = dot(q + i * stride_, products_ + i * stride_, stride_);
       squares[i] = form * trace_;
-      if (cancels(form, q + i * stride_)) again[found++] = i;
+      if (cancels(form, q + i * stride_, products_ + i * stride_)) again[found++] = i;
     }
     if (found == 0) return;
     if (!is_wide_) to_upper(exact_moments(), 1, wide_upper_);
@@ -72,13 +71,13 @@ class QuadraticForm {
     }
   }
 
-  // Whether a row's form, of M over its trace, is so small beside those of other directions that
-  // rounding of its terms shows. Keys without a direction of their own give |q|^2 / features.
-  bool cancels(S form, const S* q) const {
+  // Whether rounding shows in a row's form q . p, of M over its trace and p = U q: where it is
+  // small beside |q| |p|, terms cancel, in the sum or within p.
+  bool cancels(S form, const S* q, const S* p) const {
     if (sizeof(S) == sizeof(double)) return false;
     constexpr S kSmall = S(1e-30);  // below it terms are lost
-    const S usual = dot(q, q, stride_) / static_cast<S>(features_);
-    return !(form > usual / 2 && form > kSmall);
+    const S largest = square_root(dot(q, q, stride_)) * square_root(dot(p, p, stride_));
+    return !(form > largest / 4 && form > kSmall);
   }
 
   void in_double(const S* q, const int64_t* rows, int64_t count, double* squares) {
