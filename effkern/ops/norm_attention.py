@@ -191,7 +191,7 @@ def _attend(
         )
     if seen.some is not None:
         y = torch.where(seen.some, y, 0)
-    return y.reshape(*leading, *y.shape[-2:])
+    return y if y.shape[:-2] == leading else y.reshape(*leading, *y.shape[-2:])
 
 
 def _as_kernels_read_it(mask: Tensor | None, q: Tensor) -> Tensor | None:

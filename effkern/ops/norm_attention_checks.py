@@ -123,8 +123,10 @@ def in_four_dimensions(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa
         RuntimeError: if they do not broadcast.
     """
     own = 3 if gqa else 2  # dimensions that each tensor keeps for itself
+    leading, *others = (t.shape[:-own] for t in (q, k, v))
     try:
-        leading = torch.broadcast_shapes(*(t.shape[:-own] for t in (q, k, v)))
+        if any(shape != leading for shape in others):
+            leading = torch.broadcast_shapes(leading, *others)
     except RuntimeError as error:
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
         raise RuntimeError(
@@ -151,6 +153,8 @@ def in_four_dimensions(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gqa
 
 
 def _to_four(tensor: Tensor, leading: tuple[int, ...], rows: int | None = None) -> Tensor:
+    if tensor.shape[:-2] == leading and len(leading) == 2 and rows is None:
+        return tensor
     rows = tensor.shape[-2] if rows is None else rows
     expanded = tensor.expand(*leading, rows, tensor.shape[-1])
     if len(leading) == 2:

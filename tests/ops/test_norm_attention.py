@@ -223,6 +223,15 @@ def test_each_branch_of_the_divisor(backend: Backend, kind: str) -> None:
     check(q, k, v, eps=eps, tau=tau, **masks(2, 80, 80, device)[kind])
 
 
+@pytest.mark.parametrize("kind", ["none", "causal", "padding"])
+def test_chunks_whose_sigmas_are_all_above_tau(backend: Backend, kind: str) -> None:
+    """A kernel may skip what has no gradient through sigma, between chunks that have one."""
+    q, k, v = tensors(1, 2, 200, 200, 16, device=backend.device, spread=0.3)
+    q[:, :, 64:128] *= 100
+    tau = torch.tensor(1.0, device=backend.device)
+    check(q, k, v, tau=tau, **masks(1, 200, 200, backend.device)[kind])
+
+
 def test_eps_above_tau(backend: Backend) -> None:
     q, k, v = tensors(1, 2, 40, 40, 8, device=backend.device)
     tau = torch.tensor(0.1, device=backend.device)

@@ -2,11 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 namespace effkern::cpu::EFFKERN_ISA {
 namespace {
 
-// Tiles of kTileRows rows and two vectors: eight accumulators hide the latency of a multiply-add.
+// Tiles of kTileRows rows and two vectors: eight accumulators hide the latency of a multiply-add,
+// and little of a triangle's other half is computed.
 constexpr int64_t kTileRows = 4;
 template <class S>
 constexpr int64_t kTileColumns = 2 * kLanes<S>;
@@ -21,6 +23,12 @@ enum class Part {
   kUpperLeft,    // a is zero below its diagonal
 };
 
+// What becomes of what stands in the result.
+enum class Onto {
+  kNothing,  // it is overwritten: it need not be cleared, and what is not wanted keeps what it held
+  kSum,      // it is added to
+};
+
 // A matrix whose element (m, k) stands at m * row + k * column.
 template <class S>
 struct Left {
@@ -28,36 +36,104 @@ struct Left {
   int64_t row, column;
 };
 
-// c += a b. `rows` must be a multiple of kTileRows and `columns` of kTileColumns.
-template <Part kPart, class S>
-void multiply_add(int64_t rows, int64_t columns, int64_t depth, Left<S> a, const S* b,
-                  int64_t b_stride, S* c, int64_t c_stride) {
-  using V = Vec<S>;
-  constexpr int64_t kWidth = kTileColumns<S>, kHalf = kLanes<S>;
+// A tile of c from the `depth` columns of a and rows of b that begin where these point.
+template <Onto kOnto, class S>
+EFFKERN_INLINE void multiply_tile(int64_t depth, Left<S> a, const S* b, int64_t b_stride, S* c,
+                                  int64_t c_stride) {
+  Vec<S> sums[kTileRows][2] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    const Vec<S> low = load(b), high = load(b + kLanes<S>);
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      const S factor = a.at[r * a.row];
+      sums[r][0] += factor * low;
+      sums[r][1] += factor * high;
+    }
+    a.at += a.column, b += b_stride;
+  }
+  for (int64_t r = 0; r < kTileRows; ++r) {
+    for (int64_t half = 0; half < 2; ++half) {
+      S* const to = c + r * c_stride + half * kLanes<S>;
+      store(to, kOnto == Onto::kSum ? load(to) + sums[r][half] : sums[r][half]);
+    }
+  }
+}
+
+// c = a b, or c += a b. `rows` must be a multiple of kTileRows and `columns` of kTileColumns.
+template <Part kPart, Onto kOnto, class S>
+void multiply(int64_t rows, int64_t columns, int64_t depth, Left<S> a, const S* b, int64_t b_stride,
+              S* c, int64_t c_stride) {
+  constexpr int64_t kWidth = kTileColumns<S>;
   for (int64_t m = 0; m < rows; m += kTileRows) {
+    const int64_t first = kPart == Part::kUpperLeft ? m : 0;
     for (int64_t n = 0; n < columns; n += kWidth) {
       if (kPart == Part::kUpperResult && n + kWidth <= m) continue;
-      if (kPart == Part::kLowerResult && n >= m + kTileRows) continue;
+      if (kPart == Part::kLowerResult && n >= m + kTileRows) break;
       int64_t last = depth;
       if (kPart == Part::kUpperRight && n + kWidth < last) last = n + kWidth;
       if (kPart == Part::kLowerLeft && m + kTileRows < last) last = m + kTileRows;
-      V sums[kTileRows][2];
-      for (int64_t r = 0; r < kTileRows; ++r) {
-        sums[r][0] = load(c + (m + r) * c_stride + n);
-        sums[r][1] = load(c + (m + r) * c_stride + n + kHalf);
-      }
-      for (int64_t k = kPart == Part::kUpperLeft ? m : 0; k < last; ++k) {
-        const V low = load(b + k * b_stride + n), high = load(b + k * b_stride + n + kHalf);
-        for (int64_t r = 0; r < kTileRows; ++r) {
-          const S factor = a.at[(m + r) * a.row + k * a.column];
-          sums[r][0] += factor * low;
-          sums[r][1] += factor * high;
-        }
-      }
-      for (int64_t r = 0; r < kTileRows; ++r) {
-        store(c + (m + r) * c_stride + n, sums[r][0]);
-        store(c + (m + r) * c_stride + n + kHalf, sums[r][1]);
-      }
+      multiply_tile<kOnto>(last - first, {a.at + m * a.row + first * a.column, a.row, a.column},
+                           b + first * b_stride + n, b_stride, c + m * c_stride + n, c_stride);
+    }
+  }
+}
+
+// ---- transposition ----
+
+// The lanes kFrom of two vectors, those of b counted behind those of a.
+template <int... kFrom, class V>
+EFFKERN_INLINE V lanes_of(V a, V b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, kFrom...);
+#else  // GCC before 12
+  return __builtin_shuffle(a, b, decltype(a > b){kFrom...});
+#endif
+}
+
+// The lanes of both in turn: the first half of each, and the second.
+template <class V, int... kLane>
+EFFKERN_INLINE void interleave(V a, V b, V& first, V& second,
+                               std::integer_sequence<int, kLane...>) {
+  constexpr int kCount = sizeof...(kLane);
+  first = lanes_of<(kLane % 2 * kCount + kLane / 2)...>(a, b);
+  second = lanes_of<(kLane % 2 * kCount + kLane / 2 + kCount / 2)...>(a, b);
+}
+
+// A square of as many rows as a vector has lanes. `from` may be `to`.
+template <class S>
+EFFKERN_INLINE void transpose_square(const S* from, int64_t from_stride, S* to, int64_t to_stride) {
+  constexpr int kCount = kLanes<S>;
+  Vec<S> rows[kCount], mixed[kCount];
+  for (int i = 0; i < kCount; ++i) rows[i] = load(from + i * from_stride);
+  for (int step = 1; step < kCount; step *= 2) {
+    for (int i = 0; i < kCount / 2; ++i) {
+      interleave(rows[i], rows[i + kCount / 2], mixed[2 * i], mixed[2 * i + 1],
+                 std::make_integer_sequence<int, kCount>());
+    }
+    for (int i = 0; i < kCount; ++i) rows[i] = mixed[i];
+  }
+  for (int i = 0; i < kCount; ++i) store(to + i * to_stride, rows[i]);
+}
+
+// `rows` and `columns` must be multiples of a vector's lanes.
+template <class S>
+void transpose(const S* from, int64_t rows, int64_t columns, int64_t stride, S* to,
+               int64_t to_stride) {
+  for (int64_t r = 0; r < rows; r += kLanes<S>) {
+    for (int64_t c = 0; c < columns; c += kLanes<S>) {
+      transpose_square(from + r * stride + c, stride, to + c * to_stride + r, to_stride);
+    }
+  }
+}
+
+// Makes a matrix whose part on and above the diagonal is given symmetric.
+template <class S>
+void make_symmetric(S* matrix, int64_t size, int64_t stride) {
+  for (int64_t r = 0; r < size; r += kLanes<S>) {
+    for (int64_t i = r; i < r + kLanes<S>; ++i) {
+      for (int64_t j = r; j < i; ++j) matrix[i * stride + j] = matrix[j * stride + i];
+    }
+    for (int64_t c = r + kLanes<S>; c < size; c += kLanes<S>) {
+      transpose_square(matrix + r * stride + c, stride, matrix + c * stride + r, stride);
     }
   }
 }

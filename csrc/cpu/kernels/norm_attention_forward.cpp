@@ -1,6 +1,6 @@
 // clang-format off: the vectors' functions must be declared before the formulas
 #include "cpu/kernels/isa.h"
-#include "cpu/kernels/attention_keys.h"
+#include "cpu/kernels/quadratic_form.h"
 // clang-format on
 #include "math/norm_attention.h"
 
@@ -25,24 +25,30 @@ class Forward {
   explicit Forward(const NormAttentionForward& args)
       : args_(args),
         stride_(whole(args.features, kTileColumns<float>)),
-        memory_(Keys<T>::doubles(stride_) + stride_ * stride_ + 5 * kChunkKeys * (stride_ + 8) +
-                kChunkKeys * kChunkKeys + 2 * kChunkKeys),
+        memory_(Keys<T, double>::doubles(stride_) + Keys<T, S>::doubles(stride_) +
+                OwnKeys<S>::doubles(stride_) + kChunkKeys * stride_ +
+                QuadraticForm<S>::doubles(stride_)),
         keys_(args, memory_),
-        upper_(memory_.take<double>(stride_ * stride_)),
-        wide_(memory_.take<double>(kChunkKeys * stride_)),
-        products_(memory_.take<double>(kChunkKeys * stride_)),
+        all_(args, memory_),
+        own_(stride_, memory_),
         q_(memory_.take<S>(kChunkKeys * stride_)),
-        own_{memory_.take<S>(kChunkKeys * stride_), memory_.take<S>(kChunkKeys * stride_),
-             memory_.take<S>(kChunkKeys * kChunkKeys), memory_.take<S>(kChunkKeys),
-             memory_.take<double>(kChunkKeys)} {}
+        form_(args.features, stride_, memory_) {}
 
   // One head of keys with its heads of queries.
   void run(int64_t unit) {
     const int64_t batch = unit / args_.key_heads, head = unit % args_.key_heads;
     keys_.start(batch, head);
     if (!args_.causal) {
-      keys_.join_all();
-      keys_.to_upper(upper_);
+      all_.start(batch, head);
+      all_.join_all();
+      // Products of the smallest and the largest keys are out of float32's range.
+      const double trace = all_.spread();
+      if (trace > 1e-25 && trace < 1e35) {
+        form_.set(all_.moments, trace);
+      } else {
+        const double* const moments = exact_moments();
+        form_.set(moments, keys_.spread());
+      }
     }
     const int64_t group = args_.heads / args_.key_heads;
     for (int64_t first = 0; first < args_.rows; first += kChunkKeys) {
@@ -50,7 +56,7 @@ class Forward {
       if (args_.causal) {
         seen = keys_.load_chunk(first);
         set_own_keys(keys_, first, own_);
-        keys_.to_upper(upper_);
+        form_.set(keys_.moments, keys_.spread());
       }
       for (int64_t member = 0; member < group; ++member) {
         rows((batch * args_.heads + head * group + member) * args_.rows, first);
@@ -64,30 +70,20 @@ class Forward {
   void rows(int64_t head_row, int64_t first) {
     const int64_t count = least(kChunkKeys, args_.rows - first);
     load_rows<T>(args_.q, args_.q_rows, head_row + first, count, args_.features, stride_, q_);
-    for (int64_t i = 0; i < kChunkKeys * stride_; ++i) wide_[i] = q_[i];
-    clear(products_, kChunkKeys * stride_);
-    multiply_add<Part::kUpperRight, double>(whole(count, kTileRows), stride_, args_.features,
-                                            {wide_, stride_, 1}, upper_, stride_, products_,
-                                            stride_);
-    if (args_.causal) {
-      clear(own_.scores, kChunkKeys * kChunkKeys);
-      multiply_add<Part::kLowerResult, S>(whole(count, kTileRows), kChunkKeys, args_.features,
-                                          {q_, stride_, 1}, own_.transposed, kChunkKeys,
-                                          own_.scores, kChunkKeys);
-    }
+    double squares[kChunkKeys];
+    form_.squares(q_, count, squares, [&] { return exact_moments(); });
+    if (args_.causal) score_own_keys(q_, count, args_.features, stride_, own_);
     const S tau = *static_cast<const S*>(args_.tau), eps = static_cast<S>(args_.eps);
     const double scale = args_.scale < 0 ? -args_.scale : args_.scale;
     for (int64_t i = 0; i < count; ++i) {
-      double squares = dot(wide_ + i * stride_, products_ + i * stride_, stride_);
-      if (squares < 0) squares = 0;
-      double keys = keys_.count;
+      double keys = all_.count;
       if (args_.causal) {
-        const auto own = centre_scores<T>(keys_.count, own_, i);
-        squares += own.squares;
+        const auto own = centre_scores(keys_.count, own_, i);
+        squares[i] += own.squares;
         keys = own.count;
       }
       const S sigma = keys < 2 ? static_cast<S>(__builtin_inf())
-                               : static_cast<S>(square_root(squares / keys) * scale);
+                               : static_cast<S>(square_root(squares[i] / keys) * scale);
       static_cast<S*>(args_.deviation)[head_row + first + i] = sigma;
       const S inverse = S(1) / attention_divisor(sigma, tau, eps);
       T* const to = static_cast<T*>(args_.scaled) + (head_row + first + i) * args_.features;
@@ -97,6 +93,12 @@ class Forward {
       }
       store_row(to, from, args_.features);
     }
+  }
+
+  // Those of the keys before a causal chunk, or of all keys.
+  const double* exact_moments() {
+    if (!args_.causal && keys_.count == 0) keys_.join_all();
+    return keys_.moments;
   }
 
   // See `offset` in effkern/backends/reference/norm_attention.py.
@@ -112,10 +114,8 @@ class Forward {
   }
 
   void offset_of_all(S* offset) const {
-    double spread = 0;
-    for (int64_t a = 0; a < args_.features; ++a) spread += keys_.moments[a * stride_ + a];
-    if (!(dot(keys_.mean, keys_.mean, stride_) * keys_.count > 4 * spread)) return;
-    for (int64_t i = 0; i < stride_; ++i) offset[i] = static_cast<S>(keys_.mean[i]);
+    if (!(dot(all_.mean, all_.mean, stride_) * all_.count > 4 * all_.spread())) return;
+    convert(all_.mean, stride_, offset);
   }
 
   void offset_of_the_first_two(S* offset) {
@@ -127,8 +127,8 @@ class Forward {
     if (found == 1) places[1] = places[0];
     S *const first = q_ + stride_, *const second = q_ + 2 * stride_,
              *const between = q_ + 3 * stride_;
-    __builtin_memcpy(first, keys_.row(places[0]), static_cast<size_t>(stride_) * sizeof(S));
-    __builtin_memcpy(second, keys_.row(places[1]), static_cast<size_t>(stride_) * sizeof(S));
+    keys_.load_key(places[0], first);
+    keys_.load_key(places[1], second);
     for (int64_t i = 0; i < stride_; ++i) between[i] = first[i] - second[i];
     const S a = dot(first, first, stride_), b = dot(second, second, stride_);
     if (!((a < b ? a : b) > 16 * dot(between, between, stride_))) return;
@@ -138,10 +138,11 @@ class Forward {
   const NormAttentionForward& args_;
   int64_t stride_;
   Memory memory_;
-  Keys<T> keys_;
-  double *upper_, *wide_, *products_;
-  S* q_;
+  Keys<T, double> keys_;  // causal: all; else only of heads with rows whose terms cancel
+  Keys<T, S> all_;        // not causal
   OwnKeys<S> own_;
+  S* q_;
+  QuadraticForm<S> form_;
 };
 
 }  // namespace
