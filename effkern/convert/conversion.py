@@ -25,6 +25,10 @@ from effkern.convert.trace import Trace, trace
 __all__ = ["Changes", "Conversion", "make", "prove", "report_of", "start"]
 
 
+#: Parts of a model that a report names.
+_MOST_NAMED = 5
+
+
 @dataclass
 class Conversion:
     """A converted model and what was done to it.
@@ -215,6 +219,14 @@ def _not_covered(
         "those checked",
     ]
     texts.append("training mode" + (f": {dropout}" if dropout else ""))
+    unread = sorted({name.rpartition(".")[0] or name for name in traced.unread()})
+    if unread:
+        more = f" and {len(unread) - _MOST_NAMED} others" if len(unread) > _MOST_NAMED else ""
+        texts.append(
+            f"parts that the example inputs do not reach: {', '.join(unread[:_MOST_NAMED])}{more}"
+        )
+    if traced.data_decides:
+        texts.append("inputs whose values lead the model another way than the example inputs do")
     rest = [name for name in traced.outputs if name not in names]
     if rest:
         texts.append(f"outputs that were not asked for: {', '.join(rest)}")

@@ -97,6 +97,27 @@ def test_refused(convert: Callable[..., Any], name: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_experts_by_a_grouped_matrix_product() -> None:
+    moe = pytest.importorskip("transformers.integrations.moe", reason="needs its operator")
+
+    class Experts(nets.Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into = torch.nn.Parameter(torch.randn(2, 16, 24))
+            self.out = torch.nn.Parameter(torch.randn(2, 24, 16))
+
+        def branch(self, x: torch.Tensor) -> torch.Tensor:
+            rows = self.norm(x).flatten(0, 1)
+            ends = torch.tensor([len(rows) // 2, len(rows)], dtype=torch.int32)
+            hidden = torch.ops.transformers.grouped_mm_fallback(rows, self.into, ends).relu()
+            return torch.ops.transformers.grouped_mm_fallback(hidden, self.out, ends).view_as(x)
+
+    assert moe
+    result = nets.converted(nets.randomised(nets.Net(Experts(), Experts())), nets.tokens())
+    assert not result.report.left
+    assert {"blocks.0.out", "blocks.1.out"} <= {edit.parameter for edit in result.report.edits}
+
+
 @pytest.mark.parametrize("convert", [to_rmsnorm, to_crmsnorm])
 def test_generate_gives_the_same_tokens(convert: Callable[..., Any]) -> None:
     """Greedy, float32, with the key-value cache; and the cache from one model serves the other."""
