@@ -76,8 +76,19 @@ def start(
             f"{function}: example_inputs must be a tuple or a dict, "
             f"got {type(example_inputs).__name__}"
         )
+    _refuse_out_of_reach(model)
     traced = trace(model, example_inputs)
     return traced, _chosen(function, list(traced.outputs), outputs)
+
+
+def _refuse_out_of_reach(model: nn.Module) -> None:
+    """Refuse modules that cannot be changed, and tensors without values."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotConvertible(path, "it is TorchScript: convert the model before it is compiled")
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.is_meta:
+                raise NotConvertible(path, f"{name} is on the meta device and has no values yet")
 
 
 def _chosen(function: str, names: list[str], outputs: Sequence[str] | None) -> list[str]:

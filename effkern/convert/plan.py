@@ -101,7 +101,7 @@ class _Search:
 
     def _no_norms(self) -> str:
         names = {name_of(node) for node in self.trace.graph.nodes}
-        if "aten::rms_norm" in names or (
+        if any("rms_norm" in name for name in names) or (
             "aten::mean" in names and (names & {"aten::rsqrt", "aten::sqrt"})
         ):
             return "it has no layer norm over a last dimension; it seems to use RMSNorm already"

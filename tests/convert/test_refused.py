@@ -156,6 +156,19 @@ def test_refused(name: str, convert: Callable[..., Conversion]) -> None:
 
 
 @BOTH
+def test_what_has_no_values_or_cannot_be_changed(convert: Callable[..., Conversion]) -> None:
+    model = Net()
+    model.blocks[0].norm.to("meta")
+    with pytest.raises(NotConvertible, match="weight is on the meta device") as caught:
+        convert(model, nets.tokens())
+    assert caught.value.module == "blocks.0.norm"
+    model.blocks[0] = torch.jit.trace(Block().eval(), (torch.randn(2, 5, 16),))
+    with pytest.raises(NotConvertible, match="it is TorchScript") as caught:
+        convert(model, nets.tokens())
+    assert caught.value.module == "blocks.0"
+
+
+@BOTH
 def test_outputs_name_what_must_stay_equal(convert: Callable[..., Conversion]) -> None:
     model = randomised(Tapped())
     result = nets.converted(model, nets.tokens(), convert, outputs=["logits"])
