@@ -120,6 +120,13 @@ def encoder(final: bool = True) -> Callable[[], Built]:
     return build
 
 
+def pair() -> Built:
+    """nn.Transformer, Pre-LN, with a causal mask, which it looks at."""
+    model = torch.nn.Transformer(32, 2, 1, 1, 64, batch_first=True, norm_first=True)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(4)
+    return model, {"src": torch.randn(2, 5, 32), "tgt": torch.randn(2, 4, 32), "tgt_mask": mask}
+
+
 T, PX, WV = {"input_ids": IDS}, {"pixel_values": IMAGE}, {"input_values": WAVE}
 TT = {"input_ids": IDS, "decoder_input_ids": IDS}
 FRAMES = {"pixel_values": torch.randn(2, 4, 3, 32, 32)}
@@ -423,6 +430,204 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
     "timm vit, attention pool": tm("vit_base_patch16_siglip_224"),
     "torchvision vit": tv("vit"),
     "torchvision swin": tv("swin"),
+    "transformers GPTNeoX Japanese": hf(
+        "GPTNeoXJapaneseForCausalLM", "GPTNeoXJapaneseConfig", T, **TEXT, **SPECIAL
+    ),
+    "transformers GPT2 classifier, scaled by layer": hf(
+        "GPT2ForSequenceClassification",
+        "GPT2Config",
+        T,
+        scale_attn_by_inverse_layer_idx=True,
+        **GPT,
+        **SPECIAL,
+    ),
+    "transformers GPT2 with cross-attention": hf(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        T | {"encoder_hidden_states": torch.randn(2, 5, 32)},
+        add_cross_attention=True,
+        **GPT,
+        **SPECIAL,
+    ),
+    "transformers GPTBigCode multi-head": hf(
+        "GPTBigCodeForTokenClassification",
+        "GPTBigCodeConfig",
+        T,
+        multi_query=False,
+        **GPT,
+        **SPECIAL,
+    ),
+    "transformers OPT projected": hf(
+        "OPTForQuestionAnswering",
+        "OPTConfig",
+        T,
+        **TEXT,
+        ffn_dim=64,
+        word_embed_proj_dim=16,
+        **SPECIAL,
+    ),
+    "transformers OPT Post-LN": hf(
+        "OPTForCausalLM",
+        "OPTConfig",
+        T,
+        **TEXT,
+        ffn_dim=64,
+        word_embed_proj_dim=32,
+        do_layer_norm_before=False,
+        **SPECIAL,
+    ),
+    "transformers BLOOM, residual behind the norm": hf(
+        "BloomForCausalLM",
+        "BloomConfig",
+        T,
+        n_layer=2,
+        n_head=2,
+        hidden_size=32,
+        apply_residual_connection_post_layernorm=True,
+        **SPECIAL,
+    ),
+    "transformers Falcon new": hf(
+        "FalconForCausalLM",
+        "FalconConfig",
+        T,
+        new_decoder_architecture=True,
+        num_kv_heads=1,
+        **TEXT,
+        **SPECIAL,
+    ),
+    "transformers Falcon ALiBi": hf(
+        "FalconForCausalLM",
+        "FalconConfig",
+        T,
+        alibi=True,
+        parallel_attn=False,
+        bias=True,
+        multi_query=False,
+        **TEXT,
+        **SPECIAL,
+    ),
+    "transformers StableLM parallel": hf(
+        "StableLmForCausalLM",
+        "StableLmConfig",
+        T,
+        num_key_value_heads=2,
+        use_parallel_residual=True,
+        qk_layernorm=True,
+        **TEXT,
+        **SPECIAL,
+    ),
+    "transformers Phi with norms of q and k": hf(
+        "PhiForCausalLM", "PhiConfig", T, qk_layernorm=True, **TEXT, **SPECIAL
+    ),
+    "transformers Fuyu": hf("FuyuForCausalLM", "FuyuConfig", T, **TEXT, **SPECIAL),
+    "transformers Cohere2": hf(
+        "Cohere2ForCausalLM",
+        "Cohere2Config",
+        T,
+        num_key_value_heads=2,
+        sliding_window=4,
+        **TEXT,
+        **SPECIAL,
+    ),
+    "transformers Jais2": hf(
+        "Jais2ForCausalLM", "Jais2Config", T, num_key_value_heads=2, **TEXT, **SPECIAL
+    ),
+    "transformers RWKV": hf(
+        "RwkvForCausalLM",
+        "RwkvConfig",
+        T,
+        hidden_size=32,
+        attention_hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        **SPECIAL,
+    ),
+    "transformers Decision Transformer": hf(
+        "DecisionTransformerModel",
+        "DecisionTransformerConfig",
+        {
+            "states": torch.randn(2, 4, 5),
+            "actions": torch.randn(2, 4, 3),
+            "rewards": torch.randn(2, 4, 1),
+            "returns_to_go": torch.randn(2, 4, 1),
+            "timesteps": torch.arange(4).expand(2, 4),
+            "attention_mask": torch.ones(2, 4, dtype=torch.long),
+        },
+        state_dim=5,
+        act_dim=3,
+        max_ep_len=20,
+        hidden_size=32,
+        n_layer=2,
+        n_head=2,
+    ),
+    "transformers BigBird-Pegasus": hf(
+        "BigBirdPegasusForConditionalGeneration",
+        "BigBirdPegasusConfig",
+        TT,
+        max_position_embeddings=32,
+        attention_type="original_full",
+        **PAIR,
+        **SPECIAL,
+    ),
+    "transformers NLLB-MoE": hf(
+        "NllbMoeForConditionalGeneration",
+        "NllbMoeConfig",
+        TT,
+        max_position_embeddings=32,
+        num_experts=2,
+        **PAIR,
+        **SPECIAL,
+    ),
+    "transformers Marian": hf(
+        "MarianMTModel", "MarianConfig", TT, max_position_embeddings=32, **PAIR, **SPECIAL
+    ),
+    "transformers Wav2Vec2-BERT": hf(
+        "Wav2Vec2BertModel",
+        "Wav2Vec2BertConfig",
+        {"input_features": torch.randn(2, 10, 160)},
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+    ),
+    "transformers UniSpeech stable": hf("UniSpeechModel", "UniSpeechConfig", WV, **STABLE),
+    "transformers Wav2Vec2 CTC, masked": hf(
+        "Wav2Vec2ForCTC",
+        "Wav2Vec2Config",
+        WV | {"attention_mask": torch.tensor([[1] * 800, [1] * 600 + [0] * 200])},
+        **STABLE,
+    ),
+    "transformers FLAVA text": hf("FlavaTextModel", "FlavaTextConfig", T, **TEXT, vocab_size=99),
+    "transformers SigLIP classifier": hf(
+        "SiglipForImageClassification", "SiglipConfig", PX, vision_config=VISION
+    ),
+    "transformers BLIP vision": hf("BlipVisionModel", "BlipVisionConfig", PX, **VISION),
+    "transformers DINOv2 with registers": hf(
+        "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", PX, **VISION
+    ),
+    "transformers DINOv2 SwiGLU": hf(
+        "Dinov2ForImageClassification", "Dinov2Config", PX, use_swiglu_ffn=True, **VISION
+    ),
+    "transformers ViT, masked pixels": hf(
+        "ViTForMaskedImageModeling",
+        "ViTConfig",
+        PX | {"bool_masked_pos": torch.arange(16).expand(2, 16) % 3 == 0},
+        encoder_stride=8,
+        **VISION,
+    ),
+    "transformers ViViT": hf(
+        "VivitModel", "VivitConfig", FRAMES, num_frames=4, tubelet_size=[2, 8, 8], **VISION
+    ),
+    "transformers ViLT": hf(
+        "ViltModel", "ViltConfig", T | PX, vocab_size=99, max_position_embeddings=32, **VISION
+    ),
+    "timm vit, CLIP": tm("vit_base_patch16_clip_224"),
+    "timm vit, rotary": tm("vit_base_patch16_rope_224"),
+    "timm vit, relative positions": tm("vit_relpos_base_patch16_224"),
+    "timm vit, parallel": tm("vit_small_patch16_18x2_224"),
+    "timm convit": tm("convit_tiny"),
+    "timm flexivit": tm("flexivit_small"),
+    "nn.Transformer": pair,
     "nn.TransformerEncoder": encoder(),
     "nn.TransformerEncoder without a last norm": encoder(final=False),
 }

@@ -168,6 +168,37 @@ def matmul(node: Node, given: Given) -> State:
     return state._replace(axis=axis)
 
 
+@rule("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+def grouped_matmul(node: Node, given: Given) -> State:
+    """Each row times the matrix of its group, whose columns are shifted."""
+    weight = node.args[1]
+    state = given(weight)
+    if not isinstance(state, Shift) or len(given.states) > 1 or len(node.all_input_nodes) != 3:
+        return lost(node, given)  # a fourth operand is a bias
+    if (len(shape_of(node)), len(shape_of(weight)), state.axis.dim) != (2, 3, 2):
+        return lost(node, given)
+    return state._replace(axis=state.axis._replace(dim=1))
+
+
+@rule("aten::einsum")
+def einsum(node: Node, given: Given) -> State:
+    """A product in which one operand alone has the feature axis, and the result keeps it."""
+    bound = arguments(node)
+    left, arrow, right = bound["equation"].replace(" ", "").partition("->")
+    letters = left.split(",")
+    operands = bound["tensors"]
+    if len(given.states) > 1 or not arrow or "." in left or len(letters) != len(operands):
+        return lost(node, given)
+    places = [i for i, operand in enumerate(operands) if given(operand) is not None]
+    state = given(operands[places[0]])
+    if len(places) > 1 or not isinstance(state, Shift):
+        return lost(node, given)
+    letter = letters[places[0]][state.axis.dim]
+    if left.count(letter) != 1 or right.count(letter) != 1:
+        return lost(node, given)
+    return state._replace(axis=state.axis._replace(dim=right.index(letter)))
+
+
 @rule("aten::mean", "aten::sum", "aten::nanmean")
 def mean(node: Node, given: Given) -> State:
     """A mean or sum over other dimensions; the mean over the feature axis itself is remembered."""
@@ -204,6 +235,16 @@ def variance(node: Node, given: Given) -> State:
     ):
         return None
     return lost(node, given)
+
+
+@rule("aten::var_mean")
+def variance_and_mean(node: Node, given: Given) -> list[State]:
+    """As the variance and the mean by themselves."""
+    state = given(arguments(node)["self"])
+    spread = variance(node, given)
+    if spread is not None or not isinstance(state, Shift) or not arguments(node)["keepdim"]:
+        return [spread, lost(node, given)]
+    return [None, MeanOf(arguments(node)["self"], state.axis, state.sources)]
 
 
 @rule("aten::avg_pool1d", "aten::avg_pool2d", "aten::adaptive_avg_pool1d",

@@ -25,6 +25,10 @@ from effkern.convert.trace import Trace, trace
 __all__ = ["Changes", "Conversion", "make", "prove", "report_of", "start"]
 
 
+#: Parts of a model that a report names.
+_MOST_NAMED = 5
+
+
 @dataclass
 class Conversion:
     """A converted model and what was done to it.
@@ -72,8 +76,19 @@ def start(
             f"{function}: example_inputs must be a tuple or a dict, "
             f"got {type(example_inputs).__name__}"
         )
+    _refuse_out_of_reach(model)
     traced = trace(model, example_inputs)
     return traced, _chosen(function, list(traced.outputs), outputs)
+
+
+def _refuse_out_of_reach(model: nn.Module) -> None:
+    """Refuse modules that cannot be changed, and tensors without values."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotConvertible(path, "it is TorchScript: convert the model before it is compiled")
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.is_meta:
+                raise NotConvertible(path, f"{name} is on the meta device and has no values yet")
 
 
 def _chosen(function: str, names: list[str], outputs: Sequence[str] | None) -> list[str]:
@@ -215,6 +230,14 @@ def _not_covered(
         "those checked",
     ]
     texts.append("training mode" + (f": {dropout}" if dropout else ""))
+    unread = sorted({name.rpartition(".")[0] or name for name in traced.unread()})
+    if unread:
+        more = f" and {len(unread) - _MOST_NAMED} others" if len(unread) > _MOST_NAMED else ""
+        texts.append(
+            f"parts that the example inputs do not reach: {', '.join(unread[:_MOST_NAMED])}{more}"
+        )
+    if traced.data_decides:
+        texts.append("inputs whose values lead the model another way than the example inputs do")
     rest = [name for name in traced.outputs if name not in names]
     if rest:
         texts.append(f"outputs that were not asked for: {', '.join(rest)}")

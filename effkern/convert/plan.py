@@ -37,6 +37,7 @@ class Plan:
 
     converted: list[NormModule] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)  # module -> why its norms stay
+    met: set[Node] = field(default_factory=set)  # of them, those that could be converted alone
     edits: dict[Node, Key] = field(default_factory=dict)  # parameter -> how it is centred
     ones: list[Node] = field(default_factory=list)  # scales that become one
     sites: dict[Site, Key] = field(default_factory=dict)  # where to recentre, and along what
@@ -100,7 +101,7 @@ class _Search:
 
     def _no_norms(self) -> str:
         names = {name_of(node) for node in self.trace.graph.nodes}
-        if "aten::rms_norm" in names or (
+        if any("rms_norm" in name for name in names) or (
             "aten::mean" in names and (names & {"aten::rsqrt", "aten::sqrt"})
         ):
             return "it has no layer norm over a last dimension; it seems to use RMSNorm already"
@@ -148,6 +149,7 @@ class _Search:
             else:
                 below = self.demands.below(roots[group.path], cut)
                 plan.left[group.path] = self._why_unmet(below, reasons, cut)
+                plan.met |= {norm.node for norm in group.norms if met[self.demands.of(norm)]}
         used = self.demands.below([k for g in plan.converted for k in roots[g.path]], cut)
         for key in used:
             demand = self.demands[key]
@@ -342,7 +344,7 @@ class _Search:
     def _refuse(self, plan: Plan) -> None:
         for group in self.groups:
             if group.path in plan.left and any(
-                self._reads_residual_sum(n.value) for n in group.norms
+                n.node not in plan.met and self._reads_residual_sum(n.value) for n in group.norms
             ):
                 raise NotConvertible(
                     group.path, f"this norm of a residual stream stays: {plan.left[group.path]}"

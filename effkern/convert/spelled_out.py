@@ -43,6 +43,9 @@ class _Matcher:
         bias, node = self._parameter_of("aten::add", result)
         weight, node = self._parameter_of("aten::mul", node)
         centred, variance = self._quotient(node)
+        if weight is None:
+            weight, centred = self._parameter_of("aten::mul", centred)
+            centred = self._plain(centred)
         if centred is None or variance is None:
             return None
         eps, mean_square = self._sum_with_number(variance)
@@ -83,17 +86,20 @@ class _Matcher:
         """A and b of ``a * rsqrt(b)`` or ``a / sqrt(b)``."""
         product = self._binary("aten::mul", node)
         for own, root in (product, product[::-1]) if product else ():
-            inner = self._unary("aten::rsqrt", root)
+            inner = self._power("aten::rsqrt", -0.5, root)
             if inner is not None:
                 return self._plain(own), inner
         division = self._binary("aten::div", node)
         if division is not None:
-            return self._plain(division[0]), self._unary("aten::sqrt", division[1])
+            return self._plain(division[0]), self._power("aten::sqrt", 0.5, division[1])
         return None, None
 
-    def _unary(self, name: str, node: Any) -> Any:
+    def _power(self, name: str, exponent: float, node: Any) -> Any:
+        """X of ``x ** exponent``, which has a name of its own."""
         node = self._plain(node)
-        if isinstance(node, Node) and name_of(node) == name:
+        if isinstance(node, Node) and (
+            name_of(node) == name or (name_of(node) == "aten::pow" and node.args[1] == exponent)
+        ):
             self.nodes.add(node)
             return node.args[0]
         return None
@@ -106,15 +112,34 @@ class _Matcher:
 
     def _mean(self, node: Any) -> Any:
         """X of ``x.mean(-1, keepdim=True)``."""
+        return self._reduced("aten::mean", 1, node)
+
+    def _reduced(self, name: str, index: int, node: Any) -> Any:
+        """X of a mean or a population variance of x along its last dimension, which is kept.
+
+        Args:
+            name: of the operation.
+            index: which result of ``var_mean`` is as good.
+            node: the mean or the variance.
+        """
         node = self._plain(node)
-        if not isinstance(node, Node) or name_of(node) != "aten::mean":
+        found = {node}
+        if isinstance(node, Node) and name_of(node) == "getitem" and node.args[1] == index:
+            node, name = node.args[0], "aten::var_mean"
+            found.add(node)
+        if not isinstance(node, Node) or name_of(node) != name:
             return None
         bound = arguments(node)
         dims = bound.get("dim")
         last = len(shape_of(bound["self"])) - 1
         if not dims or [dim % (last + 1) for dim in dims] != [last] or not bound["keepdim"]:
             return None
-        self.nodes.add(node)
+        if name != "aten::mean" and bound.get("correction", bound.get("unbiased")) not in (
+            0,
+            False,
+        ):
+            return None  # None is one
+        self.nodes |= found
         return bound["self"]
 
     def _centred(self, node: Any) -> Node | None:
@@ -125,6 +150,9 @@ class _Matcher:
         return pair[0]
 
     def _is_variance(self, node: Any, centred: Node, value: Node) -> bool:
+        whole = self._plain(self._reduced("aten::var", 0, node))
+        if whole is not None:
+            return whole is centred or whole is self._plain(value)
         squares = self._plain(self._mean(node))
         if not isinstance(squares, Node):
             return False

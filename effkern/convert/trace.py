@@ -7,12 +7,14 @@ takes no memory for them.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
@@ -53,6 +55,7 @@ class Trace:
     mutated: list[tuple[str, Node]]  # buffers and inputs that the call writes to
     sites: list[Site]
     tensors: dict[str, Tensor]  # parameters and buffers of the model, by every name they have
+    data_decides: bool = False  # whether the model asks its inputs which way to go
     position: dict[Node, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -87,6 +90,17 @@ class Trace:
         mine = self._places[self.parameters[node]]
         others = self._by_storage[mine[0]] - self._by_place[mine]
         return min(others, default=None)
+
+    def unread(self) -> list[str]:
+        """Parameters that the example inputs do not reach, by their first names."""
+        read = {name for node in self.parameters if node.users for name in self.aliases(node)}
+        return [
+            name
+            for name, tensor in self.tensors.items()
+            if isinstance(tensor, nn.Parameter)
+            and name not in read
+            and min(self._by_place[self._places[name]]) == name
+        ]
 
     def module_stack(self, node: Node) -> list[str]:
         """Paths of the modules whose calls a node is part of, the outermost first."""
@@ -147,14 +161,64 @@ def trace(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> Trace:
     with left_as_found(model), torch.no_grad(), _without_fast_paths():
         model.eval()
         with _marks(model, sites):
-            try:
-                program = torch.export.export(wrapped, (inputs,), strict=False)
-            except Exception as error:  # export raises errors of many kinds
-                raise NotConvertible("", f"it cannot be traced: {_first_line(error)}") from error
+            program, data_decides = _exported(wrapped, inputs)
             names = wrapped.names.found
         if any(_writes(node) for node in program.graph.nodes):
             program = program.run_decompositions({})  # functional, otherwise as it is
-    return _read(program, names, sites, model)
+    traced = _read(program, names, sites, model)
+    if data_decides:
+        traced.data_decides = True
+        _refuse_hidden_ways(traced)
+    return traced
+
+
+def _exported(wrapped: nn.Module, inputs: Any) -> tuple[Any, bool]:
+    """The exported program, and whether it is that of one way of several: where the model asks its
+    data which way to go, the example inputs answer.
+    """  # fmt: skip
+    try:
+        return torch.export.export(wrapped, (inputs,), strict=False), False
+    except Exception as error:  # export raises errors of many kinds
+        failure = NotConvertible("", f"it cannot be traced: {_first_line(error)}")
+        failure.__cause__ = error
+        if "DataDependent" not in type(error).__name__ and "data-dependent" not in str(error):
+            raise failure from error
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of each answer
+    try:
+        with torch._functorch.config.patch(fake_tensor_propagate_real_tensors=True):
+            return torch.export.export(wrapped, (inputs,), strict=False), True
+    except Exception:
+        raise failure from failure.__cause__
+    finally:
+        log.setLevel(level)
+
+
+_ASKS = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal")
+
+
+def _refuse_hidden_ways(traced: Trace) -> None:
+    """Where data decide, refuse what another way could do to the stream unseen.
+
+    Raises:
+        NotConvertible: if a parameter is read on no way that was seen, or decides itself.
+    """
+    for name in traced.unread():
+        path = name.rpartition(".")[0]
+        raise NotConvertible(
+            path, "its data decide where the model goes, and the example inputs do not come here"
+        )
+    seen: set[Node] = set()
+    pending = [(node, node) for node in traced.graph.nodes if name_of(node) in _ASKS]
+    while pending:
+        node, asked = pending.pop()
+        if node in traced.parameters:
+            where = traced.module(asked)
+            raise NotConvertible(where, "it cannot be traced: what it computes decides its way")
+        if node not in seen:
+            seen.add(node)
+            pending += [(operand, asked) for operand in node.all_input_nodes]
 
 
 def _writes(node: Node) -> bool:

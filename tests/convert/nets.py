@@ -139,6 +139,22 @@ class SpelledOut(nn.Module):
         return (self.weight.to(torch.float32) * x).to(dtype)
 
 
+class Variance(SpelledOut):
+    """The same with the variance as one operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance = x.var(-1, keepdim=True, unbiased=False)
+        return self.weight * (x - x.mean(-1, keepdim=True)) / torch.sqrt(variance + 1e-6)
+
+
+class VarianceAndMean(SpelledOut):
+    """The same with the variance and the mean as one operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+        return (x - mean) * (variance + 1e-6) ** -0.5 * self.weight
+
+
 class Net(nn.Module):
     """Embedding, blocks, norm, head."""
 
@@ -168,6 +184,14 @@ class ActivationNet(Net):
 
     def stream(self, tokens: Tensor) -> Tensor:
         return F.relu(self.embed(tokens))
+
+
+class AsksIds(Net):
+    """Asks the ids which way to go."""
+
+    def stream(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        return x[:, 1:] if (tokens[:, 0] == VOCABULARY).all() else x
 
 
 class RebuiltPositions(Net):

@@ -12,6 +12,8 @@ import torch
 import effkern
 from benchmarks.architectures import ARCHITECTURES, IDS, OUTPUTS
 from effkern.convert import NotConvertible, to_crmsnorm, to_rmsnorm
+from effkern.convert.norms import find_norms
+from effkern.convert.trace import trace
 from tests.convert import nets
 
 #: Those that the default suite tries; the rest is slow.
@@ -37,7 +39,13 @@ REFUSED = {
     "timm xcit": "reads the un-normalised stream",
     "torchvision swin": "cat reads the un-normalised stream",
     "nn.TransformerEncoder without a last norm": "'output' is the un-normalised stream",
+    "transformers OPT Post-LN": "linear reads the un-normalised stream",
+    "transformers BLOOM, residual behind the norm": "residual stream",
+    "transformers RWKV": "what mul in rwkv.blocks.1.feed_forward gives",
+    "transformers Marian": "linear reads the un-normalised stream",
 }
+#: Convert to Pre-RMSNorm alone: a norm that stays would see that a feature is missing.
+REFUSED_CRMSNORM = ("transformers BLIP vision",)
 DEFAULT_REFUSED = (
     "transformers BERT", "transformers Llama", "transformers Swin", "transformers ConvNeXt",
     "transformers CLIP vision", "nn.TransformerEncoder without a last norm",
@@ -74,6 +82,7 @@ def cases(
         )
         for convert, fast in pairs
         for name in names
+        if not (convert is to_crmsnorm and name in REFUSED_CRMSNORM)
     ]
 
 
@@ -82,8 +91,10 @@ def test_converts(convert: Callable[..., Any], name: str) -> None:
     name, outputs = OUTPUTS.get(name, (name, None))
     model, inputs = built(name)
     result = nets.converted(model, inputs, convert, outputs=outputs)
-    again = nets.layer_norms(result.model, inputs)
-    assert again == len(result.report.left)
+    if any("another way" in text for text in result.report.not_covered):
+        return  # folded norms read no parameters, for which a second trace would refuse it
+    again = {group.path for group in find_norms(trace(result.model, inputs))}
+    assert again == {left.module for left in result.report.left}
 
 
 @pytest.mark.parametrize(
@@ -95,6 +106,27 @@ def test_refused(convert: Callable[..., Any], name: str) -> None:
     with pytest.raises(NotConvertible, match=REFUSED[name]):
         convert(model, inputs)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_experts_by_a_grouped_matrix_product() -> None:
+    moe = pytest.importorskip("transformers.integrations.moe", reason="needs its operator")
+
+    class Experts(nets.Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into = torch.nn.Parameter(torch.randn(2, 16, 24))
+            self.out = torch.nn.Parameter(torch.randn(2, 24, 16))
+
+        def branch(self, x: torch.Tensor) -> torch.Tensor:
+            rows = self.norm(x).flatten(0, 1)
+            ends = torch.tensor([len(rows) // 2, len(rows)], dtype=torch.int32)
+            hidden = torch.ops.transformers.grouped_mm_fallback(rows, self.into, ends).relu()
+            return torch.ops.transformers.grouped_mm_fallback(hidden, self.out, ends).view_as(x)
+
+    assert moe
+    result = nets.converted(nets.randomised(nets.Net(Experts(), Experts())), nets.tokens())
+    assert not result.report.left
+    assert {"blocks.0.out", "blocks.1.out"} <= {edit.parameter for edit in result.report.edits}
 
 
 @pytest.mark.parametrize("convert", [to_rmsnorm, to_crmsnorm])

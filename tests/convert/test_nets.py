@@ -36,6 +36,8 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Any, int, int, int]] = {
     "weight + 1": (lambda: Net(Block(nets.PlusOne(16)), Block()), nets.tokens(), 3, 0, 0),
     "spelled out": (lambda: Net(Block(nets.SpelledOut()), final=nets.SpelledOut()),
                     nets.tokens(), 2, 0, 0),
+    "spelled out with a variance": (
+        lambda: Net(Block(nets.Variance()), final=nets.VarianceAndMean()), nets.tokens(), 2, 0, 0),
     "shared block": (lambda: Net(*[Block()] * 3), nets.tokens(), 4, 0, 0),
     "behind an activation": (nets.ActivationNet, nets.tokens(), 3, 0, 1),
     "rebuilt positions": (nets.RebuiltPositions, nets.tokens(), 3, 0, 1),
@@ -88,6 +90,31 @@ def test_one_norm_left_as_a_layer_norm_keeps_its_mean() -> None:
     result = converted(model, nets.tokens())
     assert [left.module for left in result.report.left] == ["blocks.0.inner.norm"]
     assert layer_norms(result.model, nets.tokens()) == 1
+
+
+def test_a_norm_that_is_called_on_the_stream_and_on_its_own_result_stays() -> None:
+    """Neither call needs it to be an RMSNorm, and the other norms do not need it either."""
+
+    class Pooled(Net):
+        def forward(self, tokens: torch.Tensor) -> Any:
+            x = self.norm(self.blocks[1](self.blocks[0](self.stream(tokens))))
+            return self.head(x), self.norm(x[:, 0])
+
+    result = converted(randomised(Pooled()), nets.tokens())
+    assert [left.module for left in result.report.left] == ["norm"]
+    assert len(result.report.swapped) == 2
+
+
+def test_ids_may_decide_the_way_where_all_parameters_are_seen() -> None:
+    report = converted(randomised(nets.AsksIds()), nets.tokens()).report
+    assert any("another way" in text for text in report.not_covered)
+
+
+def test_the_report_names_what_the_example_inputs_do_not_reach() -> None:
+    model = randomised(Net())
+    model.other = Block()
+    report = converted(model, nets.tokens()).report
+    assert any("do not reach: other.down, other.norm, other.up" in t for t in report.not_covered)
 
 
 def test_weights_are_centred_and_tied_ones_are_not() -> None:

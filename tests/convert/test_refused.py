@@ -83,6 +83,18 @@ class Branching(Net):
         return x if x.sum() > 0 else -x
 
 
+class Unseen(nets.AsksIds):
+    """Asks the ids whether a layer writes to the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(16, 16)
+
+    def stream(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        return x + self.other(x) if (tokens == 0).all() else x
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "Post-LN": (lambda: Net(PostNorm(), PostNorm()), "blocks.0.norm", "reads the un-normalised"),
     "returned": (Tapped, "blocks.1.norm", "'stream' is the un-normalised stream; name the outputs"),
@@ -93,6 +105,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
                 "", "RMSNorm already"),
     "no norm": (lambda: Net(Block(nn.Identity()), final=nn.Identity()), "", "no layer norm"),
     "not traced": (Branching, "", "cannot be traced"),
+    "a way not seen": (Unseen, "other", "the example inputs do not come here"),
 }  # fmt: skip
 
 
@@ -140,6 +153,19 @@ def test_refused(name: str, convert: Callable[..., Conversion]) -> None:
     assert caught.value.module == module
     assert reason in caught.value.reason
     assert str(caught.value) == f"{module or 'the model'}: {caught.value.reason}"
+
+
+@BOTH
+def test_what_has_no_values_or_cannot_be_changed(convert: Callable[..., Conversion]) -> None:
+    model = Net()
+    model.blocks[0].norm.to("meta")
+    with pytest.raises(NotConvertible, match="weight is on the meta device") as caught:
+        convert(model, nets.tokens())
+    assert caught.value.module == "blocks.0.norm"
+    model.blocks[0] = torch.jit.trace(Block().eval(), (torch.randn(2, 5, 16),))
+    with pytest.raises(NotConvertible, match="it is TorchScript") as caught:
+        convert(model, nets.tokens())
+    assert caught.value.module == "blocks.0"
 
 
 @BOTH

@@ -122,6 +122,10 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], bool]] = {
     "matmul rows": (lambda x, y: x @ y, (r(2, D, 3), r(3, 5)), True),
     "matmul batch": (lambda x, y: x @ y, (r(D, 3, 3), r(3, 5)), False),
     "bmm": (torch.bmm, (r(2, 3, 3), r(2, 3, D)), True),
+    "einsum": (lambda x, w: torch.einsum("bth,hd->bdt", x, w), (r(2, 3, 5), r(5, D)), True),
+    "einsum over features": (lambda x, w: torch.einsum("td,dh->th", x, w), (r(3, D), r(D, 5)),
+                             False),
+    "einsum each": (lambda x, y: torch.einsum("td,td->td", x, y), (r(3, D), r(3, D)), False),
     "conv1d": (F.conv1d, (r(2, 3, 6), r(D, 3, 2), r(D)), True),
     "conv2d": (lambda x, w: F.conv2d(x, w, stride=2), (r(2, 3, 4, 4), r(D, 3, 2, 2)), True),
     "conv2d groups": (lambda x, w: F.conv2d(x, w, groups=2), (r(2, 6, 4, 4), r(D, 3, 2, 2)), False),
@@ -140,6 +144,8 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], bool]] = {
     "max": (lambda x: x.amax(0), (r(3, D),), False),
     "var": (lambda x: x.var(-1), (r(3, D),), False),
     "var rows": (lambda x: x.var(0), (r(3, D),), False),
+    "var_mean": (lambda x: x - torch.var_mean(x, -1, keepdim=True)[1], (r(3, D),), False),
+    "var_mean of rows": (lambda x: torch.var_mean(x, 0, keepdim=True)[1], (r(3, D),), False),
     "avg_pool2d": (lambda x: F.avg_pool2d(x, 2), (r(2, D, 4, 4),), True),
     "adaptive_avg_pool2d": (lambda x: F.adaptive_avg_pool2d(x, 1), (r(2, D, 4, 4),), True),
     "max_pool2d": (lambda x: F.max_pool2d(x, 2), (r(2, D, 4, 4),), False),
@@ -285,7 +291,7 @@ def test_rule_without_the_last_feature(name: str, traced: dict[str, Traced]) -> 
 def test_every_rule_is_tried(traced: dict[str, Traced]) -> None:
     names = {name_of(node) for each in traced.values() for node in each.nodes}
     tried = {_RULES[name] for name in names if name in _RULES}
-    assert {rule.__name__ for rule in set(_RULES.values()) - tried} <= {"copy"}
+    assert {rule.__name__ for rule in set(_RULES.values()) - tried} <= {"copy", "grouped_matmul"}
 
 
 @pytest.mark.parametrize("shape", [(6, D), (2, 3, D), (2, 3 * D), (D, 6), (2, D, 3), (6 * D,)])
