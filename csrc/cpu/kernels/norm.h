@@ -80,18 +80,6 @@ EFFKERN_INLINE NormSums<Acc<T>> sums_over(int64_t features, const Add& add) {
   return {sum_lanes(all.first), sum_lanes(all.second)};
 }
 
-// A row, and the one that will be read after it: while the first is read, the other is brought
-// near.
-template <class T>
-struct ReadRow {
-  const T *at, *next;
-
-  ReadRow(const void* rows, const RowLayout& layout, int64_t row, int64_t end)
-      : at(static_cast<const T*>(rows) + row_offset(layout, row)),
-        next(static_cast<const T*>(rows) + row_offset(layout, row + 1 < end ? row + 1 : row)) {}
-  EFFKERN_MEMBER void bring_next(int64_t i) const { __builtin_prefetch(next + i); }
-};
-
 // The features at `i` of a normalised row, with weight and bias.
 template <bool kBias, class W, class V>
 EFFKERN_INLINE V affine(V v, const W* weight, const W* bias, int64_t i, int64_t count) {
@@ -120,18 +108,17 @@ void forward_rows(const NormForward& args, int64_t begin, int64_t end) {
   using S = Acc<T>;
   const int64_t features = args.features;
   const bool y_streamed = is_streamed<T>(args.y, args.rows, features);
-  // The sum is written in the first pass and found near by in the second, but for one that goes
-  // past the caches: it is made again, and written then.
   const bool total_streamed = kResidual && is_streamed<T>(args.total, args.rows, features);
-  const bool total_kept = kResidual && !total_streamed;
 
   for (int64_t row = begin; row < end; ++row) {
-    const ReadRow<T> x(args.x, args.x_rows, row, end);
-    const ReadRow<T> residual =
-        kResidual ? ReadRow<T>(args.residual, args.residual_rows, row, end) : x;
+    const T* const x = static_cast<const T*>(args.x) + row_offset(args.x_rows, row);
+    const T* residual = nullptr;
+    if constexpr (kResidual) {
+      residual = static_cast<const T*>(args.residual) + row_offset(args.residual_rows, row);
+    }
     const auto total_at = [&](int64_t i, int64_t count) EFFKERN_LAMBDA {
-      Vec<T> v = load_some(x.at + i, count);
-      if constexpr (kResidual) v = rounded_to<T>(v + load_some(residual.at + i, count));
+      Vec<T> v = load_some(x + i, count);
+      if constexpr (kResidual) v = rounded_to<T>(v + load_some(residual + i, count));
       return v;
     };
 
@@ -143,13 +130,8 @@ void forward_rows(const NormForward& args, int64_t begin, int64_t end) {
           first, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA { sum += total_at(i, count); });
       origin = sum_lanes(sum) / static_cast<S>(first);
     }
-    T* const y = static_cast<T*>(args.y) + row * features;
-    T* const total = static_cast<T*>(args.total) + (kResidual ? row * features : 0);
     const auto add = [&](NormSums<Vec<T>>& sums, int64_t i, int64_t count) EFFKERN_LAMBDA {
-      x.bring_next(i);
-      if constexpr (kResidual) residual.bring_next(i);
       Vec<T> v = total_at(i, count);
-      if (total_kept) store_some(total + i, v, count);
       // Past the end of the row stand zeros; at the origin they add nothing.
       if constexpr (N::kHasOrigin) v = count == kLanes<T> ? v : with_rest<T>(v, count, origin);
       N::add_forward(sums, v, origin);
@@ -168,11 +150,13 @@ void forward_rows(const NormForward& args, int64_t begin, int64_t end) {
     const NormRow<S> numbers = N::kept(sums, origin, features, static_cast<S>(args.eps));
     keep<N>(args.statistics, args.rows, row, numbers);
 
+    T* const y = static_cast<T*>(args.y) + row * features;
+    T* const total = static_cast<T*>(args.total) + (kResidual ? row * features : 0);
     const auto write = [&](auto has_bias, const auto* weight, const auto* bias) EFFKERN_LAMBDA {
       constexpr bool kBias = decltype(has_bias)::kCount != 0;
       for_each_vector<T>(features, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA {
-        const Vec<T> v = total_kept ? load_some(total + i, count) : total_at(i, count);
-        if (total_streamed) stream(total + i, v);
+        const Vec<T> v = total_at(i, count);
+        if constexpr (kResidual) put(total + i, v, count, total_streamed);
         const Vec<T> xhat = N::normalised(v, numbers);
         put(y + i, affine<kBias>(xhat, weight, bias, i, count), count, y_streamed);
       });
@@ -211,14 +195,15 @@ void backward_rows(const NormBackward& args, Sums number_of_sums, Flag has_grad_
   const bool streamed = args.grad_x && is_streamed<T>(args.grad_x, args.rows, features);
 
   for (int64_t row = begin; row < end; ++row) {
-    const ReadRow<T> grad(args.grad, args.grad_rows, row, end), x(args.x, args.x_rows, row, end);
+    const T* const grad = static_cast<const T*>(args.grad) + row_offset(args.grad_rows, row);
+    const T* const x = static_cast<const T*>(args.x) + row_offset(args.x_rows, row);
     const NormRow<S> numbers = kept_of<N, S>(args.statistics, args.rows, row);
 
     const auto normalised_at = [&](int64_t i, int64_t count) EFFKERN_LAMBDA {
       if constexpr (kFromY) {
-        return restored_at<N, T>(x.at, weight, bias, i, count, numbers, bounds);
+        return restored_at<N, T>(x, weight, bias, i, count, numbers, bounds);
       } else {
-        return load_some(x.at + i, count);
+        return load_some(x + i, count);
       }
     };
 
@@ -226,8 +211,7 @@ void backward_rows(const NormBackward& args, Sums number_of_sums, Flag has_grad_
     with_sums<W>(number_of_sums, [&](auto number) EFFKERN_LAMBDA {
       constexpr int kSums = decltype(number)::kCount;
       const auto add = [&](NormSums<Vec<T>>& sums, int64_t i, int64_t count) EFFKERN_LAMBDA {
-        grad.bring_next(i), x.bring_next(i);
-        const Vec<T> g = load_some(grad.at + i, count), v = normalised_at(i, count);
+        const Vec<T> g = load_some(grad + i, count), v = normalised_at(i, count);
         N::add_backward(sums, weighted(g, weight, i, count), v, numbers);
         if constexpr (kSums >= 1) {
           S* const p = share + i;
@@ -251,7 +235,7 @@ void backward_rows(const NormBackward& args, Sums number_of_sums, Flag has_grad_
         grad_total = static_cast<const T*>(args.grad_total) + row_offset(args.grad_total_rows, row);
       }
       for_each_vector<T, kUnrolled>(features, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA {
-        const Vec<T> g = weighted(load_some(grad.at + i, count), weight, i, count);
+        const Vec<T> g = weighted(load_some(grad + i, count), weight, i, count);
         Vec<T> out = N::grad_x(g, normalised_at(i, count), numbers, projection);
         if constexpr (kGradTotal) out += load_some(grad_total + i, count);
         put(grad_x + i, out, count, streamed);
