@@ -265,8 +265,8 @@ class CodedStates {
     }
   }
 
-  // Brings the same place of the next block but one near, where there is one: the hardware follows a
-  // stream only to the end of a page, and one block takes less time than memory.
+  // Brings the same place of the next block but one near, where there is one: the hardware follows
+  // a stream only to the end of a page, and one block takes less time than memory.
   EFFKERN_INLINE void prefetch_next(const float* params, const float* grads,
                                     const uint8_t* const* codes, int64_t i) {
     constexpr int64_t kLine = 64 / sizeof(float), kAhead = 2 * kBlock;
