@@ -152,9 +152,6 @@ def _attend(
     if scale is None:
         scale = 1 / math.sqrt(features) if features else 1.0
     tau = tau_of(tau, q)
-    if mask is not None and mask.dtype != torch.bool and q.dtype == torch.float64 != mask.dtype:
-        # PyTorch's CPU kernel takes such a mask and reads it as float64.
-        mask = torch.where(reference.is_seen(mask), mask, -math.inf).to(q.dtype)
     q, k, v, mask, leading = in_four_dimensions(q, k, v, mask, gqa)
     if torch._C._are_functorch_transforms_active():
         # torch.func differentiates and maps the definition, to any order and in forward mode.
@@ -195,12 +192,14 @@ def _attend(
 
 
 def _as_kernels_read_it(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """An additive mask in q's dtype on a GPU, where PyTorch's fused kernels take one of float32
-    beside 16-bit queries and read it as if it had theirs (seen with 2.11).
+    """An additive mask in q's dtype, where PyTorch's kernels take one of float32 and read it as if
+    it had that: beside float64 on a CPU, and beside 16 bits on a GPU (seen with 2.11).
     """
-    if mask is None or not q.is_cuda or mask.dtype in (torch.bool, q.dtype):
+    if mask is None or mask.dtype in (torch.bool, q.dtype):
         return mask
-    lowest = torch.finfo(q.dtype).min
+    if q.is_cpu and q.dtype != torch.float64:
+        return mask
+    lowest = max(torch.finfo(dtype).min for dtype in (mask.dtype, q.dtype))
     return torch.where(reference.is_seen(mask), mask.clamp(lowest, -lowest), -math.inf).to(q.dtype)
 
 

@@ -79,6 +79,7 @@ void apply(const StepTask& task, const Lamb& rule, const double* ratios, int64_t
     const Arrays<T> a = arrays_at<T>(row);
     const auto& scalars = all_scalars.at(row);
     const Acc<T> step_size = static_cast<Acc<T>>(task.lr * ratios[t]);
+    // This pass reads no gradient; the parameter stands in its place, to be brought near.
     const Arrays<T> read = {a.param, a.param, {a.state[0], a.state[1]}};
     const int64_t i = over_lines<T>(
         from, to, [&](int64_t i) EFFKERN_LAMBDA { prefetch<Lamb, 0>(read, i + kAhead<T>); },

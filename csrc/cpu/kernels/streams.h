@@ -10,7 +10,7 @@ namespace {
 
 // The hardware follows a stream only to the end of a page, and begins anew in the next. What is
 // asked for this many bytes before it is needed comes in time: with the four streams of an Adam
-// step a quarter faster on a Xeon, a tenth on Zen 3, than without.
+// step a fifth faster on a Xeon than without, and on Zen 3 not slower (docs/measured.md).
 constexpr int64_t kBytesAhead = 1024;
 template <class T>
 constexpr int64_t kAhead = kBytesAhead / static_cast<int64_t>(sizeof(T));
