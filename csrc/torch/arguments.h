@@ -55,10 +55,17 @@ inline int32_t torch_code_of(DType dtype) {
 
 // Nothing where the kernels do not take the tensor's dtype.
 inline std::optional<DType> kernel_dtype_of(const Tensor& tensor) {
+  constexpr std::array kDtypes{DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64};
+  // Asked of torch once: beside a small tensor's work, each of its functions is far away.
+  static const std::array<int32_t, kDtypes.size()> codes = [&] {
+    std::array<int32_t, kDtypes.size()> codes;
+    for (size_t i = 0; i < kDtypes.size(); ++i) codes[i] = torch_code_of(kDtypes[i]);
+    return codes;
+  }();
   int32_t code;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
-  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64}) {
-    if (code == torch_code_of(dtype)) return dtype;
+  for (size_t i = 0; i < kDtypes.size(); ++i) {
+    if (code == codes[i]) return kDtypes[i];
   }
   return std::nullopt;
 }

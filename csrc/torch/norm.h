@@ -1,6 +1,7 @@
-// From the arguments of the norms' kernel ops (`_rms_norm_forward`, `_add_rms_norm_forward`,
-// `_rms_norm_backward`, and so for crms_norm and layer_norm) to what the kernels are asked to do
-// (common/norm.h). Device-neutral: a binding passes the functions that run the kernels.
+// From the arguments of the norms' kernel ops (`_rms_norm_forward`, `_rms_norm_inference`,
+// `_add_rms_norm_forward`, `_rms_norm_backward`, and so for crms_norm and layer_norm) to what the
+// kernels are asked to do (common/norm.h). Device-neutral: a binding passes the functions that run
+// the kernels.
 #pragma once
 
 #include <tuple>
@@ -9,29 +10,6 @@
 #include "torch/arguments.h"
 
 namespace effkern {
-
-// Contiguous, in the dtype of x or in the accumulation type: all that the kernels take.
-inline Tensor norm_parameter(const Tensor& parameter, const char* name, DType x_dtype,
-                             int64_t features, Device device) {
-  STD_TORCH_CHECK(parameter.numel() == features, name, " has ", parameter.numel(),
-                  " elements; it must have the ", features, " of the normalised dimensions");
-  STD_TORCH_CHECK(device_of(parameter) == device, name,
-                  " is on another device; it must be on the device of x");
-  const DType accumulation = accumulation_of(x_dtype);
-  const std::optional<DType> dtype = kernel_dtype_of(parameter);
-  const bool taken = dtype && (*dtype == x_dtype || *dtype == accumulation);
-  if (taken && parameter.is_contiguous()) return parameter;
-  if (taken) return torch::stable::contiguous(parameter);
-  return torch::stable::contiguous(torch::stable::to(
-      parameter, accumulation == DType::kFloat64 ? ScalarType::Double : ScalarType::Float));
-}
-
-inline Tensor norm_bias(const Tensor& bias, const OptionalTensor& weight, DType x_dtype,
-                        int64_t features, Device device) {
-  STD_TORCH_CHECK(weight && bias.scalar_type() == weight->scalar_type(),
-                  "bias needs a weight of its dtype beside it");
-  return norm_parameter(bias, "bias", x_dtype, features, device);
-}
 
 // The extents of x as rows x features.
 struct NormExtents {
@@ -49,6 +27,57 @@ struct NormExtents {
   }
 };
 
+// The weight and the bias of a call as the kernels take them: contiguous, both in the dtype of x or
+// both in its accumulation type.
+class NormParameters {
+ public:
+  NormParameters(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& x,
+                 DType x_dtype, const NormExtents& extents, Device device)
+      : dtype_(x_dtype) {
+    if (weight) {
+      given_ = dtype_ = checked(*weight, "weight", x, extents, device);
+      if (dtype_ != x_dtype) dtype_ = accumulation_of(x_dtype);
+      weight_ = as_taken(*weight);
+    }
+    if (bias) {
+      STD_TORCH_CHECK(checked(*bias, "bias", x, extents, device) == given_,
+                      "bias needs a weight of its dtype beside it");
+      bias_ = as_taken(*bias);
+    }
+  }
+
+  DType dtype() const { return dtype_; }
+  bool is_converted() const { return given_ && dtype_ != *given_; }
+  const void* weight() const { return weight_ ? weight_->const_data_ptr() : nullptr; }
+  const void* bias() const { return bias_ ? bias_->const_data_ptr() : nullptr; }
+
+ private:
+  static DType checked(const Tensor& parameter, const char* name, const Tensor& x,
+                       const NormExtents& extents, Device device) {
+    const auto sizes = parameter.sizes(), of_x = x.sizes();
+    STD_TORCH_CHECK(
+        std::equal(sizes.begin(), sizes.end(), of_x.begin() + extents.leading, of_x.end()), name,
+        " has shape ", text_of(sizes), "; it must have that of the normalised ",
+        "dimensions of x, whose shape is ", text_of(of_x));
+    STD_TORCH_CHECK(device_of(parameter) == device, name,
+                    " is on another device; it must be on the device of x");
+    return dtype_of(parameter, name);
+  }
+
+  Tensor as_taken(const Tensor& parameter) const {
+    if (!is_converted()) {
+      return parameter.is_contiguous() ? parameter : torch::stable::contiguous(parameter);
+    }
+    const bool wide = dtype_ == DType::kFloat64;
+    return torch::stable::contiguous(
+        torch::stable::to(parameter, wide ? ScalarType::Double : ScalarType::Float));
+  }
+
+  OptionalTensor weight_, bias_;
+  std::optional<DType> given_;  // the dtype that the caller has them in; nothing without a weight
+  DType dtype_;
+};
+
 // One number a row, or two: then with a first dimension of 2.
 inline Tensor norm_statistics(Norm norm, const Tensor& x, int64_t leading, DType dtype,
                               Device device) {
@@ -63,21 +92,23 @@ using RunNormForward = void (*)(const NormForward&, Device);
 using RunNormBackward = void (*)(const NormBackward&, Device);
 
 struct NormOutputs {
-  Tensor y, statistics;
-  OptionalTensor total;  // where there is a residual
+  Tensor y;
+  OptionalTensor statistics;  // where they are wanted
+  OptionalTensor total;       // where there is a residual
 };
 
 // `run` does the work.
 inline NormOutputs call_norm_forward(Norm norm, const Tensor& x, const Tensor* residual,
                                      const OptionalTensor& weight, const OptionalTensor& bias,
-                                     int64_t dims, double eps, RunNormForward run) {
+                                     int64_t dims, double eps, bool wants_statistics,
+                                     RunNormForward run) {
   const DType dtype = dtype_of(x, "x");
   const Device device = device_of(x);
   const NormExtents extents(x, dims);
 
   NormForward p{};
   p.norm = norm;
-  p.dtype = p.weight_dtype = dtype;
+  p.dtype = dtype;
   p.rows = extents.rows;
   p.features = extents.features;
   p.eps = eps;
@@ -92,23 +123,18 @@ inline NormOutputs call_norm_forward(Norm norm, const Tensor& x, const Tensor* r
     p.residual = residual_rows->data();
     p.residual_rows = residual_rows->layout;
   }
-  OptionalTensor kernel_weight, kernel_bias;
-  if (weight) {
-    kernel_weight = norm_parameter(*weight, "weight", dtype, p.features, device);
-    p.weight_dtype = dtype_of(*kernel_weight, "weight");
-    p.weight = kernel_weight->const_data_ptr();
-  }
-  if (bias) {
-    kernel_bias = norm_bias(*bias, weight, dtype, p.features, device);
-    p.bias = kernel_bias->const_data_ptr();
-  }
+  const NormParameters parameters(weight, bias, x, dtype, extents, device);
+  p.weight_dtype = parameters.dtype();
+  p.weight = parameters.weight();
+  p.bias = parameters.bias();
 
   const int64_t* sizes = x.sizes().data();
-  NormOutputs out{empty(sizes, x.dim(), dtype, device),
-                  norm_statistics(norm, x, extents.leading, accumulation_of(dtype), device),
-                  std::nullopt};
+  NormOutputs out{empty(sizes, x.dim(), dtype, device), std::nullopt, std::nullopt};
   p.y = out.y.mutable_data_ptr();
-  p.statistics = out.statistics.mutable_data_ptr();
+  if (wants_statistics) {
+    out.statistics = norm_statistics(norm, x, extents.leading, accumulation_of(dtype), device);
+    p.statistics = out.statistics->mutable_data_ptr();
+  }
   if (residual) {
     out.total = empty(sizes, x.dim(), dtype, device);
     p.total = out.total->mutable_data_ptr();
@@ -134,7 +160,7 @@ inline NormGradients call_norm_backward(Norm norm, const Tensor& grad,
 
   NormBackward p{};
   p.norm = norm;
-  p.dtype = p.weight_dtype = dtype;
+  p.dtype = dtype;
   p.rows = extents.rows;
   p.features = extents.features;
   check_like(grad, "grad", x, "x");
@@ -160,18 +186,11 @@ inline NormGradients call_norm_backward(Norm norm, const Tensor& grad,
 
   STD_TORCH_CHECK(weight || !(wants_weight || wants_bias),
                   "a gradient of a parameter is wanted; without a weight there is none");
-  OptionalTensor kernel_weight;
-  if (weight) {
-    kernel_weight = norm_parameter(*weight, "weight", dtype, p.features, device);
-    p.weight_dtype = dtype_of(*kernel_weight, "weight");
-    p.weight = kernel_weight->const_data_ptr();
-  }
-  OptionalTensor kernel_bias;
+  const NormParameters parameters(weight, x_is_y ? bias : std::nullopt, x, dtype, extents, device);
   p.x_is_y = x_is_y;
-  if (x_is_y && bias) {
-    kernel_bias = norm_bias(*bias, weight, dtype, p.features, device);
-    p.bias = kernel_bias->const_data_ptr();
-  }
+  p.weight_dtype = parameters.dtype();
+  p.weight = parameters.weight();
+  p.bias = parameters.bias();
 
   const auto of_parameter = [&](bool wanted) {
     return wanted ? empty(weight->sizes().data(), weight->dim(), p.weight_dtype, device)
@@ -186,7 +205,7 @@ inline NormGradients call_norm_backward(Norm norm, const Tensor& grad,
   run(static_cast<const NormBackward&>(p), device);
   for (Tensor* gradient :
        {wants_weight ? &out.weight : nullptr, wants_bias ? &out.bias : nullptr}) {
-    if (gradient && dtype_of(*weight, "weight") != p.weight_dtype) {
+    if (gradient && parameters.is_converted()) {
       *gradient = torch::stable::to(*gradient, weight->scalar_type());
     }
   }
@@ -198,15 +217,20 @@ template <Norm kNorm, RunNormForward kForward, RunNormBackward kBackward>
 struct NormOps {
   static std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight,
                                             const OptionalTensor& bias, int64_t dims, double eps) {
-    NormOutputs out = call_norm_forward(kNorm, x, nullptr, weight, bias, dims, eps, kForward);
-    return {std::move(out.y), std::move(out.statistics)};
+    NormOutputs out = call_norm_forward(kNorm, x, nullptr, weight, bias, dims, eps, true, kForward);
+    return {std::move(out.y), *std::move(out.statistics)};
+  }
+  static Tensor inference(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                          int64_t dims, double eps) {
+    return call_norm_forward(kNorm, x, nullptr, weight, bias, dims, eps, false, kForward).y;
   }
   static std::tuple<Tensor, Tensor, Tensor> add_forward(const Tensor& x, const Tensor& residual,
                                                         const OptionalTensor& weight,
                                                         const OptionalTensor& bias, int64_t dims,
                                                         double eps) {
-    NormOutputs out = call_norm_forward(kNorm, x, &residual, weight, bias, dims, eps, kForward);
-    return {std::move(out.y), *std::move(out.total), std::move(out.statistics)};
+    NormOutputs out =
+        call_norm_forward(kNorm, x, &residual, weight, bias, dims, eps, true, kForward);
+    return {std::move(out.y), *std::move(out.total), *std::move(out.statistics)};
   }
   static std::tuple<Tensor, Tensor, Tensor> backward(
       const Tensor& grad, const OptionalTensor& grad_total, const Tensor& x,
@@ -225,6 +249,7 @@ struct NormOps {
 #define EFFKERN_REGISTER_NORM(m, name, kNorm, kForward, kBackward, overload)      \
   using name##_ops = effkern::NormOps<kNorm, kForward, kBackward>;                \
   m.impl("_" #name "_forward" overload, TORCH_BOX(&name##_ops::forward));         \
+  m.impl("_" #name "_inference" overload, TORCH_BOX(&name##_ops::inference));     \
   m.impl("_add_" #name "_forward" overload, TORCH_BOX(&name##_ops::add_forward)); \
   m.impl("_" #name "_backward" overload, TORCH_BOX(&name##_ops::backward))
 #define EFFKERN_REGISTER_NORMS(m, kForward, kBackward, overload)                            \

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from types import TracebackType
@@ -122,11 +123,14 @@ class _Mirror:
     choice: str | None = _choice.get()
 
 
-def requested() -> str | None:
-    """The backend that the caller asked for by name, or None."""
-    if not _DYNAMO_READS_CONTEXT and torch.compiler.is_compiling():
-        return _Mirror.choice
-    return _choice.get()
+def _requested_where_dynamo_reads_no_context() -> str | None:
+    return _Mirror.choice if torch.compiler.is_compiling() else _choice.get()
+
+
+#: Gives the backend that the caller asked for by name, or None.
+requested: Callable[[], str | None] = (
+    _choice.get if _DYNAMO_READS_CONTEXT else _requested_where_dynamo_reads_no_context
+)
 
 
 def default_backend(device: str) -> str:

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from effkern.nn import CRMSNorm
 from effkern.nn.functional import crms_norm
-from effkern.nn.parameters import parameter
+from effkern.nn.parameters import weight_and_bias
 from effkern.ops.norm import affine_norm
 
 __all__ = [
@@ -36,7 +36,7 @@ class BiasedRMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``x / sqrt(mean(x^2) + eps) * weight + bias``, over the last dimension."""
-        weight, bias = parameter(self, "weight"), parameter(self, "bias")
+        weight, bias = weight_and_bias(self)
         if self.training and self.layer_norm_in_training:
             eps = self.eps or 0.0
             return torch.nn.functional.layer_norm(x, self.normalized_shape, weight, bias, eps)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effkern.nn.functional import crms_norm, layer_norm, rms_norm
-from effkern.nn.parameters import parameter
+from effkern.nn.functional import crms_norm
+from effkern.nn.parameters import weight_and_bias, weight_of
+from effkern.ops.norm import affine_norm
 
 __all__ = ["CRMSNorm", "LayerNorm", "RMSNorm"]
 
@@ -52,13 +53,15 @@ class RMSNorm(torch.nn.RMSNorm):
         Returns:
             y like x; with a residual the pair ``(y, x + residual)``.
         """
-        return rms_norm(
+        return affine_norm(
+            "rms_norm",
             x,
             self.normalized_shape,
-            parameter(self, "weight"),
+            weight_of(self),
+            None,
             self.eps,
-            residual=residual,
-            memory_efficient=self.memory_efficient,
+            residual,
+            self.memory_efficient,
         )
 
 
@@ -100,14 +103,16 @@ class LayerNorm(torch.nn.LayerNorm):
         Returns:
             y like x; with a residual the pair ``(y, x + residual)``.
         """
-        return layer_norm(
+        weight, bias = weight_and_bias(self)
+        return affine_norm(
+            "layer_norm",
             x,
             self.normalized_shape,
-            parameter(self, "weight"),
-            parameter(self, "bias"),
+            weight,
+            bias,
             self.eps,
-            residual=residual,
-            memory_efficient=self.memory_efficient,
+            residual,
+            self.memory_efficient,
         )
 
 
@@ -171,7 +176,7 @@ class CRMSNorm(torch.nn.Module):
             )
         return crms_norm(
             x,
-            parameter(self, "weight"),
+            weight_of(self),
             self.eps,
             residual=residual,
             memory_efficient=self.memory_efficient,

@@ -1,4 +1,8 @@
-"""How a layer reads its parameters in each call."""
+"""How a norm reads its parameters in each call.
+
+As ``module.weight`` and ``module.bias``, of which `nn.Module` makes a tenth of a small norm's call:
+there a parameter is found last, when every other way has failed.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,16 @@ from typing import Any
 from torch import nn
 
 
-def parameter(module: nn.Module, name: str) -> Any:
-    """``getattr(module, name)``, of which `nn.Module` makes a tenth of a small norm's call: there a
-    parameter is found last, when every other way has failed.
-    """
+def weight_of(module: nn.Module) -> Any:
+    """The weight: a tensor or None."""
     registered = module._parameters
-    return registered[name] if name in registered else getattr(module, name)
+    return registered["weight"] if "weight" in registered else module.weight
+
+
+def weight_and_bias(module: nn.Module) -> tuple[Any, Any]:
+    """Both, each a tensor or None."""
+    registered = module._parameters
+    return (
+        registered["weight"] if "weight" in registered else module.weight,
+        registered["bias"] if "bias" in registered else module.bias,
+    )

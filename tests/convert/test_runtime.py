@@ -56,7 +56,7 @@ def test_weight_and_bias_are_one_kernel() -> None:
     norm, x = made(True, True), centred(5, 24)
     with torch.no_grad(), Ops() as ops:
         norm(x)
-    assert ops.seen == ["effkern._rms_norm_forward.default"]
+    assert ops.seen == ["effkern._rms_norm_inference.default"]
 
 
 def test_in_bfloat16_it_is_rounded_once() -> None:

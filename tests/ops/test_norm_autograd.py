@@ -211,8 +211,8 @@ def test_a_compiled_function_follows_the_backend() -> None:
         compiled(x)
     compiled(x)
     assert len(called) == 2
-    assert "_rms_norm_forward.default" in called[0]
-    assert "_rms_norm_forward.reference" in called[1]
+    assert "_rms_norm_inference.default" in called[0]
+    assert "_rms_norm_inference.reference" in called[1]
 
 
 @every_norm

@@ -88,9 +88,11 @@ EFFKERN_INLINE V affine(V v, const W* weight, const W* bias, int64_t i, int64_t 
   return v;
 }
 
-// The numbers kept of a row: where there are two, all rows' first ones stand before the others.
+// The numbers kept of a row, if any are: where there are two, all rows' first ones stand before the
+// others.
 template <class N, class S>
 EFFKERN_INLINE void keep(void* statistics, int64_t rows, int64_t row, NormRow<S> numbers) {
+  if (!statistics) return;
   S* const p = static_cast<S*>(statistics) + row;
   if constexpr (N::kNumbers == 2) p[0] = numbers.first;
   p[(N::kNumbers - 1) * rows] = numbers.rstd;
