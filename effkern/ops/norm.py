@@ -18,6 +18,7 @@ from torch import Tensor
 from effkern.backends.reference import norm as reference
 from effkern.backends.reference.dtypes import accumulation_dtype
 from effkern.ops._declare import DTYPES, Family, declare, imported_at_first_call
+from effkern.ops._modes import transforms_are_active
 from effkern.ops.norm_checks import check, fits, strided
 
 
@@ -204,7 +205,7 @@ def run(
         parameters = weight, bias
     if eps is None:
         eps = torch.finfo(accumulation_dtype(x.dtype)).eps
-    if _functorch_is_active():
+    if transforms_are_active():
         # torch.func differentiates and maps the plain formula, to any order and in forward mode.
         y, total, _ = reference.forward(NORMS[name].formula, x, residual, parameters, dims, eps)
         return y if residual is None else (y, total)
@@ -229,9 +230,6 @@ def _alike(weight: Tensor | None, bias: Tensor, x: Tensor) -> tuple[Tensor, Tens
         return torch.ones_like(bias), bias
     acc = accumulation_dtype(x.dtype)
     return weight.to(acc), bias.to(acc)
-
-
-_functorch_is_active = torch._C._are_functorch_transforms_active
 
 
 def _to_float32(tensor: Any) -> Any:
