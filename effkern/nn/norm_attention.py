@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effkern.backends.reference.norm_attention import attention, is_seen
+from effkern.ops._modes import without_autocast
 from effkern.ops.norm_attention import attend
 from effkern.ops.norm_attention_checks import check, check_mask
 from effkern.ops.norm_softmax_checks import check_eps, check_tau, tau_of
@@ -227,7 +228,7 @@ class NormSoftmaxAttention(nn.MultiheadAttention):
                 mask = torch.where(keys, mask, float("-inf"))
         scale = self.head_dim**-0.5
         tau = tau_of(self.tau, q)
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device.type):
             return attention(q, k, v, mask, False, scale, tau, self.eps, dropout_p)
 
     def extra_repr(self) -> str:

@@ -19,9 +19,9 @@ from effkern.backends.choice import requested
 from effkern.backends.reference import norm as reference
 from effkern.backends.reference.dtypes import accumulation_dtype
 from effkern.ops._declare import DTYPES, Family, declare, imported_at_first_call
+from effkern.ops._modes import transforms_are_active
 from effkern.ops.norm_checks import check, fits, strided
 
-functorch_is_active = torch._C._are_functorch_transforms_active
 is_grad_enabled = torch.is_grad_enabled
 
 
@@ -215,7 +215,7 @@ def affine_norm(
             )
             and (bias is None or weight is not None)
             and requested() is None
-            and not functorch_is_active()
+            and not transforms_are_active()
         ):
             if eps is None:
                 eps = _MACHINE_EPSILON[x.dtype]
@@ -256,7 +256,7 @@ def run(
         parameters = weight, bias
     if eps is None:
         eps = _MACHINE_EPSILON[x.dtype]
-    if functorch_is_active():
+    if transforms_are_active():
         # torch.func differentiates and maps the plain formula, to any order and in forward mode.
         y, total, _ = reference.forward(NORMS[name].formula, x, residual, parameters, dims, eps)
         return y if residual is None else (y, total)

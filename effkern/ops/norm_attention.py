@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from effkern.backends.reference import norm_attention as reference
 from effkern.backends.reference.dtypes import accumulation_dtype
 from effkern.ops._declare import Family, declare
+from effkern.ops._modes import autocast_is_on, may_be_looked_at, transforms_are_active
 from effkern.ops.norm_attention_checks import Seen, check, in_four_dimensions, read_mask
 from effkern.ops.norm_softmax_checks import tau_of
 
@@ -118,7 +119,7 @@ def attend(
         tau: as there.
         eps: as there.
     """
-    if torch.is_autocast_enabled(q.device.type):
+    if autocast_is_on(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v, attn_mask = (_autocast(t, dtype) for t in (q, k, v, attn_mask))
         with torch.autocast(q.device.type, enabled=False):
@@ -153,7 +154,7 @@ def _attend(
         scale = 1 / math.sqrt(features) if features else 1.0
     tau = tau_of(tau, q)
     q, k, v, mask, leading = in_four_dimensions(q, k, v, mask, gqa)
-    if torch._C._are_functorch_transforms_active():
+    if transforms_are_active():
         # torch.func differentiates and maps the definition, to any order and in forward mode.
         if key_mask is not None:
             keys = key_mask[:, None, None, :]
@@ -249,8 +250,7 @@ class DividedQueries(torch.autograd.Function):
         forward, backward = (BY_SCORES if by_scores else KERNELS)(q)
         scaled, offset, deviation = forward(q, k, mask, tau, eps, scale, causal)
         # A copy of the keys is spared where a look is free, and there is nothing to take off.
-        looks = k.is_cpu and not torch.compiler.is_compiling()
-        shifted = k if looks and not offset.any() else k - offset
+        shifted = k if may_be_looked_at(k) and not offset.any() else k - offset
         ctx.call = backward, by_scores, eps, scale, causal
         ctx.save_for_backward(q, k, mask, tau, deviation)
         ctx.set_materialize_grads(False)

@@ -10,6 +10,7 @@ from torch import Tensor
 from effkern.backends.reference import norm_softmax as reference
 from effkern.backends.reference.dtypes import accumulation_dtype
 from effkern.ops._declare import Family, declare, declare_public, imported_at_first_call
+from effkern.ops._modes import transforms_are_active
 from effkern.ops.norm_softmax_checks import check, tau_of
 
 # ---- the kernel ops ----
@@ -124,7 +125,7 @@ def norm_softmax(
     if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
         x = x.float()
     tau = tau_of(tau, x)
-    if _functorch_is_active():
+    if transforms_are_active():
         # torch.func differentiates and maps the plain formula, to any order and in forward mode.
         return reference.norm_softmax(x, mask, tau, eps, dim)
     if torch.is_grad_enabled() and (
@@ -134,9 +135,6 @@ def norm_softmax(
     ):
         return NormSoftmaxFunction.apply(x, mask, tau, eps, dim)
     return KERNELS(x)[0](x, *_kernel_arguments(x, mask, tau, eps, dim))
-
-
-_functorch_is_active = torch._C._are_functorch_transforms_active
 
 
 def _kernel_arguments(

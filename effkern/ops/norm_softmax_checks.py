@@ -98,6 +98,7 @@ def check_cross_entropy(
     tau: Any,
     eps: Any,
     label_smoothing: Any,
+    ignore_index: Any,
     reduction: Any,
     inplace: bool,
 ) -> None:
@@ -110,16 +111,18 @@ def check_cross_entropy(
         raise TypeError(f"{name}: target must be a tensor, got {type(target).__name__}")
     of_classes = min(1, logits.dim() - 1)
     classes = logits.shape[of_classes]
+    if classes == 0:
+        raise RuntimeError(f"{name}: logits must have a class, got shape {tuple(logits.shape)}")
     if target.is_floating_point():
         check_kind(name, "target", target)
         shape, kind = tuple(logits.shape), "of probabilities"
-    elif target.dtype == torch.int64:
+    elif target.dtype in (torch.int64, torch.uint8):
         shape = (*logits.shape[:of_classes], *logits.shape[of_classes + 1 :])
         kind = "of class indices"
     else:
         raise RuntimeError(
-            f"{name}: target must be class indices of int64 or probabilities of a floating dtype, "
-            f"got {target.dtype}"
+            f"{name}: target must be class indices of int64 or uint8 or probabilities of a "
+            f"floating dtype, got {target.dtype}"
         )
     if tuple(target.shape) != shape:
         raise RuntimeError(
@@ -139,6 +142,17 @@ def check_cross_entropy(
             )
     check_tau(name, tau)
     check_eps(name, eps)
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"{name}: ignore_index must be an int, got {type(ignore_index).__name__}")
+    if ignore_index >= 0 and target.is_floating_point():
+        raise RuntimeError(
+            f"{name}: ignore_index is not supported for a target of probabilities, got "
+            f"{ignore_index}"
+        )
+    if not isinstance(label_smoothing, int | float | torch.SymFloat):
+        raise TypeError(
+            f"{name}: label_smoothing must be a number, got {type(label_smoothing).__name__}"
+        )
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{name}: label_smoothing must be from 0 to 1, got {label_smoothing}")
     if reduction not in REDUCTIONS:

@@ -10,6 +10,12 @@ from torch import Tensor
 from effkern.backends.reference import norm_softmax as reference
 from effkern.backends.reference.dtypes import accumulation_dtype
 from effkern.ops._declare import Family, declare, imported_at_first_call
+from effkern.ops._modes import (
+    autocast_is_on,
+    is_traced_or_mapped,
+    may_be_looked_at,
+    transforms_are_active,
+)
 from effkern.ops.norm_softmax_checks import check_cross_entropy, tau_of
 
 # ---- the kernel ops ----
@@ -87,23 +93,26 @@ def norm_softmax_cross_entropy(
     standard deviation over the classes: see `norm_softmax`.
 
     For "mean" and "sum" the logits' gradient is computed with the loss, in one pass over memory;
-    beside the logits there is no other tensor of their size.
+    beside the logits there is no other tensor of their size. In float16 it is computed by the
+    backward pass, so that a loss that is scaled keeps it from vanishing.
 
     Args:
         logits: shape ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``; float32, float64, bfloat16 or
             float16.
-        target: class indices (int64), of logits' shape without C; or probabilities, of logits'
-            shape and a floating dtype.
+        target: class indices (int64 or uint8), of logits' shape without C; or probabilities, of
+            logits' shape and a floating dtype.
         tau: the temperature, above 0: a number, or a tensor of one element, to which a gradient
             flows.
         eps: the least divisor, at least 0.
         weight: of each class, shape ``(C,)``; or None.
         label_smoothing: from 0 to 1, as there.
-        ignore_index: targets of this value add nothing; for class indices.
+        ignore_index: targets of this value add nothing; for class indices. Beside probabilities it
+            must be negative, as there.
         reduction: "mean", "sum" or "none", as there.
         inplace: whether the gradient is written over the logits, which must then be of shape
             ``(N, C)`` or ``(C,)``, no leaf that requires a gradient, and of no further use; for
             "mean" and "sum". Without a gradient, and in a compiled graph, nothing is overwritten.
+            In float16 it is then rounded before the loss's scale multiplies it.
 
     Returns:
         The loss, of logits' dtype: shape () but for "none", which gives that of a target of
@@ -115,9 +124,10 @@ def norm_softmax_cross_entropy(
         RuntimeError: if a dtype, shape, device or layout does not fit; the message names the
             argument. If a class index is out of range, on the CPU; on a GPU the loss is then NaN.
     """
-    check_cross_entropy(logits, target, weight, tau, eps, label_smoothing, reduction, inplace)
-    device = logits.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and logits.dtype != torch.float64:
+    check_cross_entropy(
+        logits, target, weight, tau, eps, label_smoothing, ignore_index, reduction, inplace
+    )
+    if autocast_is_on(logits.device.type) and logits.dtype != torch.float64:
         logits = logits.float()
     tau = tau_of(tau, logits)
     options = label_smoothing, ignore_index, reduction
@@ -125,7 +135,7 @@ def norm_softmax_cross_entropy(
         logits.requires_grad or (isinstance(tau, Tensor) and tau.requires_grad)
     )
     others = [t for t in (target, weight) if t is not None and t.requires_grad]
-    if torch._C._are_functorch_transforms_active() or (torch.is_grad_enabled() and others):
+    if transforms_are_active() or (torch.is_grad_enabled() and others):
         # torch.func differentiates the plain formula; so are gradients of what seldom has one.
         return reference.norm_softmax_cross_entropy(logits, target, weight, tau, eps, *options)
     if needs_grad:
@@ -154,7 +164,7 @@ class _Call:
             if target.dtype not in (self.dtype, self.acc):
                 target = target.to(self.acc)
         else:
-            target = target.reshape(-1)
+            target = target.reshape(-1).long()
         weight = None if weight is None else weight.detach().to(self.acc).contiguous()
         is_tensor = isinstance(tau, Tensor)
         self.arguments = (
@@ -257,7 +267,8 @@ class CrossEntropyFunction(torch.autograd.Function):
             ctx.found = call._as_given(call.logits), grad_tau
             return call.reduced(losses, scale)
         ctx.save_for_backward(logits, target, weight, tau if is_tensor else None)
-        if call.reduction == "none":
+        # In float16 gradients of a mean need the loss's scale before they are rounded.
+        if call.reduction == "none" or logits.dtype == torch.float16:
             return call.loss()
         scale = call.scale()
         losses, *ctx.found = call.gradients(scale, wants_logits, wants_tau)
@@ -285,9 +296,9 @@ class CrossEntropyFunction(torch.autograd.Function):
                 call = _Call(logits, target, weight, tau, eps, options)
                 scale = call.scale() * grad.to(call.acc).reshape(-1).contiguous()
                 _, *found = call.gradients(scale, wants_logits, wants_tau)
-        elif torch.compiler.is_compiling():
+        elif is_traced_or_mapped(grad):
             found = [None if each is None else each * grad for each in found]
-        elif grad.is_cuda or grad != 1:
+        elif not may_be_looked_at(grad) or grad != 1:
             found = [None if each is None else each.mul_(grad) for each in found]
         grad_logits, grad_tau = found
         if grad_tau is not None:

@@ -83,7 +83,8 @@ def test_an_index_out_of_range(backend: Backend) -> None:
         ((X.int(), TARGET), RuntimeError, "logits must be float32.*int32"),
         ((X[0, 0], TARGET), RuntimeError, "logits must have a dimension of classes"),
         ((X, [0, 1, 2, 3]), TypeError, "target must be a tensor, got list"),
-        ((X, TARGET.int()), RuntimeError, "target must be class indices of int64 .*int32"),
+        ((X, TARGET.int()), RuntimeError, "target must be class indices of int64 or uint8 .*int32"),
+        ((X[:, :0], TARGET), RuntimeError, r"logits must have a class, got shape \(4, 0\)"),
         ((X, TARGET[:3]), RuntimeError, r"a target of class indices must have shape \(4,\)"),
         ((X, X[:3]), RuntimeError, r"a target of probabilities must have shape \(4, 8\)"),
         ((X, TARGET.to("meta")), RuntimeError, "target must be on logits' device cpu, got meta"),
@@ -101,6 +102,8 @@ def test_bad_tensors(call: Any, kind: type[Exception], message: str) -> None:
         ({"tau": 0}, ValueError, "tau must be above 0, got 0"),
         ({"eps": -1.0}, ValueError, "eps must be at least 0"),
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be from 0 to 1, got 1.5"),
+        ({"label_smoothing": None}, TypeError, "label_smoothing must be a number, got NoneType"),
+        ({"ignore_index": None}, TypeError, "ignore_index must be an int, got NoneType"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of .*got 'avg'"),
         ({"inplace": True, "reduction": "none"}, ValueError, "with inplace=True reduction must be"),
     ],
@@ -108,6 +111,36 @@ def test_bad_tensors(call: Any, kind: type[Exception], message: str) -> None:
 def test_bad_options(options: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=f"^norm_softmax_cross_entropy: {message}"):
         norm_softmax_cross_entropy(X, TARGET, **options)
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_probabilities_beside_an_ignored_class(needs_grad: bool) -> None:
+    """As PyTorch has it, whichever way the call takes."""
+    probabilities = torch.softmax(X, 1).requires_grad_(needs_grad)
+    with pytest.raises(RuntimeError, match="ignore_index is not supported"):
+        norm_softmax_cross_entropy(X, probabilities, ignore_index=0)
+
+
+def test_indices_in_a_byte(backend: Backend) -> None:
+    x, target = X.to(backend.device), TARGET.to(backend.device)
+    loss = norm_softmax_cross_entropy(x, target.byte())
+    assert torch.equal(loss, norm_softmax_cross_entropy(x, target))
+
+
+def test_a_scaled_loss_keeps_small_gradients(backend: Backend) -> None:
+    """A mean's gradients leave float16's range unless the loss's scale comes first, as GradScaler
+    wants it.
+    """
+    x = torch.randn(512, 400, device=backend.device).half().requires_grad_()
+    target, scale = torch.randint(0, 400, (512,), device=backend.device), 2.0**14
+    wide = x.detach().double().requires_grad_()
+    (norm_softmax_cross_entropy(x, target).float() * scale).backward()
+    norm_softmax_cross_entropy(wide, target).backward()
+    assert x.grad is not None
+    assert wide.grad is not None
+    found = x.grad.double() / scale
+    assert (found - wide.grad).norm() <= 1e-3 * wide.grad.norm()
+    assert (found == 0).sum() == 0
 
 
 def test_a_leaf_is_not_overwritten() -> None:
