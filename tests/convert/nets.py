@@ -105,6 +105,20 @@ class ScaledBlock(Block):
         return self.gamma * self.branch(x) + x
 
 
+class LerpBlock(Block):
+    """A weighted sum as one operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.lerp(x, self.branch(x), 0.3)
+
+
+class AddcmulBlock(ScaledBlock):
+    """LayerScale and sum as one operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(x, self.gamma, self.branch(x))
+
+
 class FunctionalBlock(Block):
     """Holds its norm's parameters itself, and calls the function."""
 
@@ -114,6 +128,14 @@ class FunctionalBlock(Block):
 
     def branch(self, x: Tensor) -> Tensor:
         return super().branch(F.layer_norm(x, (D,), self.scale, self.shift, 1e-4))
+
+
+class GroupBlock(FunctionalBlock):
+    """Normalises with one group, over rows that have nothing but features."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        rows = F.group_norm(x.reshape(-1, D), 1, self.scale, self.shift, 1e-4)
+        return Block.branch(self, rows.view_as(x))
 
 
 class PlusOne(nn.LayerNorm):
