@@ -28,15 +28,17 @@ __all__ = [
 class BiasedRMSNorm(torch.nn.RMSNorm):
     """A layer norm that reads rows of zero mean: RMSNorm, plus the layer norm's bias.
 
-    Keeps the layer norm's ``weight`` and ``bias`` under their names; either may be None.
+    Keeps the layer norm's weight and bias under their names; either may be None.
     """
 
     bias: Tensor | None
+    affine_names = ("weight", "bias")
     layer_norm_in_training = False  # see `training_form`
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``x / sqrt(mean(x^2) + eps) * weight + bias``, over the last dimension."""
-        weight, bias = parameter(self, "weight"), parameter(self, "bias")
+        names = self.affine_names
+        weight, bias = parameter(self, names[0]), parameter(self, names[1])
         if self.training and self.layer_norm_in_training:
             eps = self.eps or 0.0
             return torch.nn.functional.layer_norm(x, self.normalized_shape, weight, bias, eps)

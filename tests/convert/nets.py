@@ -177,6 +177,38 @@ class VarianceAndMean(SpelledOut):
         return (x - mean) * (variance + 1e-6) ** -0.5 * self.weight
 
 
+class OwnNames(nn.Module):
+    """The same with names of its own for weight and bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.ones(D)), nn.Parameter(torch.zeros(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        variance = (x - mean).pow(2).mean(-1, keepdim=True)
+        return self.gamma[None, None] * ((x - mean) / torch.sqrt(variance + 1e-6)) + self.beta
+
+
+class MeanOfSquares(OwnNames):
+    """The same with the variance as the mean square minus the square of the mean."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        variance = x.square().mean(-1, keepdim=True) - mean * mean
+        normal = (x - mean) * torch.rsqrt(variance + 1e-6)
+        return torch.addcmul(self.beta, self.gamma, normal)
+
+
+class SumsOverSize(OwnNames):
+    """The same with sums divided by the size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.sum(-1, keepdim=True) / x.shape[-1]
+        variance = (x**2).sum(-1, keepdim=True) / x.shape[-1]
+        return x * (variance + 1e-6).sqrt().reciprocal() * self.gamma + self.beta
+
+
 class Net(nn.Module):
     """Embedding, blocks, norm, head."""
 

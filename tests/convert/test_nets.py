@@ -41,6 +41,10 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Any, int, int, int]] = {
                     nets.tokens(), 2, 0, 0),
     "spelled out with a variance": (
         lambda: Net(Block(nets.Variance()), final=nets.VarianceAndMean()), nets.tokens(), 2, 0, 0),
+    "names of its own": (lambda: Net(Block(nets.OwnNames()), final=nets.OwnNames()),
+                         nets.tokens(), 2, 0, 0),
+    "mean of squares": (lambda: Net(Block(nets.MeanOfSquares()), final=nets.SumsOverSize()),
+                        nets.tokens(), 2, 0, 0),
     "shared block": (lambda: Net(*[Block()] * 3), nets.tokens(), 4, 0, 0),
     "behind an activation": (nets.ActivationNet, nets.tokens(), 3, 0, 1),
     "rebuilt positions": (nets.RebuiltPositions, nets.tokens(), 3, 0, 1),
