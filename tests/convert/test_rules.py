@@ -38,6 +38,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], bool]] = {
     "add": (lambda x, y: x + y, (r(3, D), r(2, 3, D)), True),
     "add twice": (lambda x: x + x, (r(3, D),), True),
     "add zeros": (lambda x: x + torch.zeros(3, D, dtype=x.dtype), (r(3, D),), True),
+    "add scaled zeros": (lambda x: torch.zeros_like(x) * 0.5 + x, (r(3, D),), True),
     "add alpha": (lambda x, y: torch.add(x, y, alpha=3), (r(3, D), r(3, D)), True),
     "sub": (lambda x, y: x - y, (r(3, D), r(D)), True),
     "rsub": (lambda x: 1 - x, (r(3, D),), False),
