@@ -106,6 +106,8 @@ def is_zero(node: Any) -> bool:
         return True
     if name in ("aten::full", "aten::full_like", "aten::new_full"):
         return arguments(node)["fill_value"] == 0
+    if name in ("aten::mul", "aten::div"):
+        return is_zero(node.args[0]) and isinstance(node.args[1], int | float)
     if name in _KEEPS_ZEROS:
         return is_zero(node.args[0])
     return False

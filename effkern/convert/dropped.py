@@ -14,29 +14,22 @@ from typing import Any
 from torch.fx import Node
 
 from effkern.convert.calls import arguments, name_of, shape_of, tensors_of
-from effkern.convert.norms import Norm
 from effkern.convert.rules import reads_shape_only, transfer
 from effkern.convert.states import Lost, One, Shift, State, sources
 
 __all__ = ["transfer_dropped"]
 
 
-def transfer_dropped(node: Node, states: dict[Node, Any], norm: Norm | None = None) -> Any:
+def transfer_dropped(node: Node, states: dict[Node, Any]) -> Any:
     """The state of a call's value, where `Shift` operands have lost their last feature.
 
     Args:
         node: a ``call_function`` node.
         states: of its operands.
-        norm: the converted norm whose result the node is, if it is one.
 
     Returns:
         A centred `Shift` for a value that has lost its last feature, as `transfer` otherwise.
     """
-    if norm is not None:
-        value = states[norm.value]
-        read = [value, *(states[x] for x in (norm.weight, norm.bias) if x is not None)]
-        fits = isinstance(value, Shift) and (value.axis, value.scale) == (norm.axis, None)
-        return None if fits and read[1:].count(None) == len(read) - 1 else _lost(node, read)
     result = transfer(node, states)
     if isinstance(result, list):
         return [_kept(node, part, states) for part in result]

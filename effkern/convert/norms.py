@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -9,9 +10,10 @@ from torch.fx import Node
 from effkern.convert.axes import Axis
 from effkern.convert.calls import arguments, name_of, shape_of
 from effkern.convert.spelled_out import match
+from effkern.convert.states import Lost, Shift, State, sources
 from effkern.convert.trace import Trace, is_mark
 
-__all__ = ["Norm", "NormModule", "find_norms"]
+__all__ = ["Norm", "NormModule", "find_norms", "own_affine", "transfer_norm"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,23 @@ class NormModule:
     def eps(self) -> float:
         """What is added to the variance; that of the first, where they differ."""
         return self.norms[0].eps
+
+
+def transfer_norm(norm: Norm, states: Mapping[Node, State]) -> State:
+    """The state of a converted norm's result: unchanged where it reads a row as it must be read.
+
+    Args:
+        norm: the converted one; its operations on the way from value to result do not count.
+        states: of its operands.
+    """
+    value = states[norm.value]
+    affine = [states[x] for x in (norm.weight, norm.bias) if x is not None]
+    fits = isinstance(value, Shift) and (value.axis, value.scale) == (norm.axis, None)
+    if fits and not any(state is not None for state in affine):
+        return None
+    read = [value, *affine]
+    lost = next((state for state in read if isinstance(state, Lost)), Lost(norm.node, 0))
+    return lost._replace(sources=sources(read))
 
 
 def find_norms(trace: Trace) -> list[NormModule]:
@@ -117,9 +136,23 @@ def _plain(trace: Trace, path: str, norms: list[Norm]) -> bool:
         site = trace.sites[value.args[1]]  # type: ignore[index]
         if site.module != path or site.where != "input" or len(site.path) != 1:
             return False
-        for name, node in (("weight", norm.weight), ("bias", norm.bias)):
-            if node is None:
-                continue
-            if shape_of(node) != (norm.features,) or f"{path}.{name}" not in trace.aliases(node):
-                return False
+        affine = norm.weight, norm.bias
+        if any(x is not None and shape_of(x) != (norm.features,) for x in affine):
+            return False
+        if own_affine(trace, path, norm) != own_affine(trace, path, first):
+            return False
+        if sum(x is not None for x in affine) != len(own_affine(trace, path, norm)):
+            return False
     return True
+
+
+def own_affine(trace: Trace, path: str, norm: Norm) -> dict[str, str]:
+    """The names of a norm's weight and bias in its module, where they are the module's own."""
+    names = {}
+    for role, node in (("weight", norm.weight), ("bias", norm.bias)):
+        if node is not None:
+            own = (name.rpartition(".") for name in trace.aliases(node))
+            found = [name for owner, _, name in own if owner == path]
+            if found:
+                names[role] = role if role in found else min(found)
+    return names

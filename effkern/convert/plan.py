@@ -19,7 +19,7 @@ from effkern.convert.axes import Axis
 from effkern.convert.calls import name_of
 from effkern.convert.demands import Demands, Key
 from effkern.convert.dropped import transfer_dropped
-from effkern.convert.norms import NormModule, find_norms
+from effkern.convert.norms import NormModule, find_norms, transfer_norm
 from effkern.convert.report import NotConvertible
 from effkern.convert.rules import transfer
 from effkern.convert.states import Lost, One, Shift, State
@@ -257,10 +257,10 @@ class _Search:
                     source = tied[min(names)] if names else None
                 states[node] = self._edited(plan, source, bits)
             elif node.op == "call_function":
-                norm = norms.get(node)
-                state = (
-                    transfer_dropped(node, states, norm) if self.drop else transfer(node, states)
-                )
+                if node in norms:
+                    state = transfer_norm(norms[node], states)
+                else:
+                    state = (transfer_dropped if self.drop else transfer)(node, states)
                 if is_mark(node):
                     state = self._recentred(plan, node, state, bits)
                 states[node] = state

@@ -28,15 +28,16 @@ __all__ = [
 class BiasedRMSNorm(torch.nn.RMSNorm):
     """A layer norm that reads rows of zero mean: RMSNorm, plus the layer norm's bias.
 
-    Keeps the layer norm's ``weight`` and ``bias`` under their names; either may be None.
+    Keeps the layer norm's weight and bias under their names; either may be None.
     """
 
     bias: Tensor | None
+    affine_names = ("weight", "bias")
     layer_norm_in_training = False  # see `training_form`
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``x / sqrt(mean(x^2) + eps) * weight + bias``, over the last dimension."""
-        weight, bias = weight_and_bias(self)
+        weight, bias = weight_and_bias(self, self.affine_names)
         if self.training and self.layer_norm_in_training:
             eps = self.eps or 0.0
             return torch.nn.functional.layer_norm(x, self.normalized_shape, weight, bias, eps)
@@ -208,6 +209,7 @@ def _parameter(module: nn.Module, name: str) -> Tensor:
 
 
 _LAYER_NORMS = (torch.nn.functional.layer_norm, torch.layer_norm)
+_GROUP_NORMS = (torch.nn.functional.group_norm, torch.group_norm)
 
 
 class _RmsNormMode(TorchFunctionMode):
@@ -219,8 +221,9 @@ class _RmsNormMode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _LAYER_NORMS:
-            x, shape, weight, bias, eps = _layer_norm_arguments(*args, **kwargs)
+        if func in _LAYER_NORMS or func in _GROUP_NORMS:
+            read = _layer_norm_arguments if func in _LAYER_NORMS else _group_norm_arguments
+            x, shape, weight, bias, eps = read(*args, **kwargs)
             if tuple(shape) in [(d,) for d in self.features] and self._is_meant(weight, bias):
                 rows = expanded(x) if self.expand else x
                 return affine_norm("rms_norm", rows, tuple(shape), weight, bias, eps)
@@ -240,3 +243,16 @@ def _layer_norm_arguments(
     cudnn_enable: bool = True,
 ) -> tuple[Tensor, Any, Tensor | None, Tensor | None, float]:
     return input, normalized_shape, weight, bias, eps
+
+
+def _group_norm_arguments(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> tuple[Tensor, Any, Tensor | None, Tensor | None, float]:
+    """Those of the layer norm that it is where it has one group and rows alone; else no shape."""
+    rows = num_groups == 1 and input.dim() == 2
+    return input, input.shape[1:] if rows else (), weight, bias, eps

@@ -12,6 +12,7 @@ from effkern.convert.trace import Trace
 __all__ = ["SpelledOut", "match"]
 
 _CASTS = ("aten::to", "aten::_to_copy", "aten::type_as")
+_VIEWS = ("aten::view", "aten::reshape", "aten::unsqueeze", "aten::expand")
 
 
 class SpelledOut(NamedTuple):
@@ -25,7 +26,8 @@ class SpelledOut(NamedTuple):
 
 
 def match(trace: Trace, result: Node) -> SpelledOut | None:
-    """Read ``(x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias`` in a graph.
+    """Read ``(x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias`` in a graph, the
+    variance also as ``mean(x^2) - mean(x)^2``.
 
     Args:
         trace: of the model.
@@ -73,14 +75,29 @@ class _Matcher:
     def _parameter_of(self, name: str, node: Any) -> tuple[Node | None, Any]:
         """The parameter that a product or sum has as one operand, and the other operand."""
         node = self._plain(node)
-        if isinstance(node, Node) and name_of(node) == name:
+        if (
+            isinstance(node, Node)
+            and name_of(node) == name
+            and arguments(node).get("alpha", 1) == 1
+        ):
             pair = node.args[0], node.args[1]
             for own, rest in (pair, pair[::-1]):
-                parameter = self._plain(own)
-                if isinstance(parameter, Node) and parameter in self.trace.parameters:
-                    self.nodes.add(node)
+                parameter, views = self._row(own)
+                if parameter is not None:
+                    self.nodes |= {node, *views}
                     return parameter, rest
         return None, node
+
+    def _row(self, node: Any) -> tuple[Node | None, list[Node]]:
+        """The parameter of one dimension that a value is, and the casts and views around it."""
+        around: list[Node] = []
+        width = shape_of(node)[-1:]
+        while isinstance(node, Node) and name_of(node) in _CASTS + _VIEWS:
+            around.append(node)
+            node = node.args[0]
+        if isinstance(node, Node) and node in self.trace.parameters and shape_of(node) == width:
+            return node, around
+        return None, []
 
     def _quotient(self, node: Any) -> tuple[Any, Any]:
         """A and b of ``a * rsqrt(b)`` or ``a / sqrt(b)``."""
@@ -97,6 +114,9 @@ class _Matcher:
     def _power(self, name: str, exponent: float, node: Any) -> Any:
         """X of ``x ** exponent``, which has a name of its own."""
         node = self._plain(node)
+        if name == "aten::rsqrt" and isinstance(node, Node) and name_of(node) == "aten::reciprocal":
+            self.nodes.add(node)
+            return self._power("aten::sqrt", 0.5, node.args[0])
         if isinstance(node, Node) and (
             name_of(node) == name or (name_of(node) == "aten::pow" and node.args[1] == exponent)
         ):
@@ -111,8 +131,12 @@ class _Matcher:
         return None, None
 
     def _mean(self, node: Any) -> Any:
-        """X of ``x.mean(-1, keepdim=True)``."""
-        return self._reduced("aten::mean", 1, node)
+        """X of ``x.mean(-1, keepdim=True)``, or of the sum over as many entries as there are."""
+        division = self._binary("aten::div", node)
+        if division is None:
+            return self._reduced("aten::mean", 1, node)
+        summed = self._reduced("aten::sum", 1, division[0])
+        return summed if division[1] == (shape_of(summed) or (0,))[-1] else None
 
     def _reduced(self, name: str, index: int, node: Any) -> Any:
         """X of a mean or a population variance of x along its last dimension, which is kept.
@@ -134,7 +158,7 @@ class _Matcher:
         last = len(shape_of(bound["self"])) - 1
         if not dims or [dim % (last + 1) for dim in dims] != [last] or not bound["keepdim"]:
             return None
-        if name != "aten::mean" and bound.get("correction", bound.get("unbiased")) not in (
+        if "var" in name and bound.get("correction", bound.get("unbiased")) not in (
             0,
             False,
         ):
@@ -153,16 +177,27 @@ class _Matcher:
         whole = self._plain(self._reduced("aten::var", 0, node))
         if whole is not None:
             return whole is centred or whole is self._plain(value)
-        squares = self._plain(self._mean(node))
-        if not isinstance(squares, Node):
+        difference = self._binary("aten::sub", node)
+        if difference is not None:
+            of_squares, of_mean = (self._mean(difference[0]), self._square(difference[1]))
+            read = self._square(of_squares), self._mean(of_mean)
+            return all(self._plain(x) is self._plain(value) for x in read)
+        base = self._square(self._mean(node))
+        if base is None:
             return False
-        power = name_of(squares) == "aten::pow" and squares.args[1] == 2
-        product = name_of(squares) == "aten::mul" and squares.args[0] is squares.args[1]
-        if not (power or product):
-            return False
-        self.nodes.add(squares)
-        base = self._plain(squares.args[0])
         if base is centred:
             return True
         again = self._centred(base)
         return again is not None and self._plain(again) is self._plain(value)
+
+    def _square(self, node: Any) -> Any:
+        """X of ``x^2``."""
+        node = self._plain(node)
+        if not isinstance(node, Node):
+            return None
+        power = name_of(node) == "aten::pow" and node.args[1] == 2
+        product = name_of(node) == "aten::mul" and node.args[0] is node.args[1]
+        if not (power or product or name_of(node) == "aten::square"):
+            return None
+        self.nodes.add(node)
+        return self._plain(node.args[0])

@@ -9,7 +9,7 @@ from torch import nn
 
 from effkern.convert.calls import shape_of
 from effkern.convert.folding import Fold
-from effkern.convert.norms import NormModule
+from effkern.convert.norms import NormModule, own_affine
 from effkern.convert.plan import Plan
 from effkern.convert.runtime import (
     BiasedRMSNorm,
@@ -48,6 +48,9 @@ def steps_of(
                 "features": group.features,
                 "eps": group.eps,
             }
+            affine = own_affine(trace, group.path, group.norms[0])
+            if any(role != name for role, name in affine.items()):
+                swap["affine"] = affine
             fold = (folds or {}).get(group.path)
             steps.append(swap | ({"folded": True, "one": fold.one} if fold else drop))
         else:
@@ -114,7 +117,10 @@ def _swap(module: nn.Module, step: Step) -> Callable[[], None]:
     for name in ("weight", "bias"):
         if not hasattr(module, name):
             module.register_parameter(name, None)
-    vars(module)["elementwise_affine"] = module.weight is not None
+    affine = step.get("affine")
+    if affine:
+        vars(module)["affine_names"] = affine.get("weight", "weight"), affine.get("bias", "bias")
+    vars(module)["elementwise_affine"] = bool(affine) or module.weight is not None
     if step.get("folded"):
         module.__class__ = FoldedCRMSNorm
         vars(module).update(d=step["features"], one=step["one"])

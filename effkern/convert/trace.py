@@ -163,8 +163,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> Trace:
         with _marks(model, sites):
             program, data_decides = _exported(wrapped, inputs)
             names = wrapped.names.found
-        if any(_writes(node) for node in program.graph.nodes):
-            program = program.run_decompositions({})  # functional, otherwise as it is
+        program = in_elementary_operations(program)
     traced = _read(program, names, sites, model)
     if data_decides:
         traced.data_decides = True
@@ -219,6 +218,67 @@ def _refuse_hidden_ways(traced: Trace) -> None:
         if node not in seen:
             seen.add(node)
             pending += [(operand, asked) for operand in node.all_input_nodes]
+
+
+def _sum_of_product(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
+    return torch.add(x, a * b, alpha=value)
+
+
+def _sum_of_quotient(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
+    return torch.add(x, a / b, alpha=value)
+
+
+def _lerp(start: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
+    return start + (end - start) * weight
+
+
+def _addmm(x: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if beta == alpha == 1:
+        return NotImplemented  # a linear map, for which there is a rule
+    return torch.add(x if beta == 1 else x * beta, a @ b, alpha=alpha)
+
+
+def _baddbmm(x: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return torch.add(x if beta == 1 else x * beta, torch.bmm(a, b), alpha=alpha)
+
+
+def _group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    if groups == 1 and x.dim() == 2:
+        return torch.nn.functional.layer_norm(x, x.shape[1:], weight, bias, eps)
+    return NotImplemented
+
+
+#: What several operations in one are made of; rules speak of those.
+_MADE_OF = {
+    torch.ops.aten.addcmul.default: _sum_of_product,
+    torch.ops.aten.addcdiv.default: _sum_of_quotient,
+    torch.ops.aten.lerp.Scalar: _lerp,
+    torch.ops.aten.lerp.Tensor: _lerp,
+    torch.ops.aten.addmm.default: _addmm,
+    torch.ops.aten.baddbmm.default: _baddbmm,
+    torch.ops.aten.group_norm.default: _group_norm,
+}
+
+
+def in_elementary_operations(program: Any) -> Any:
+    """An exported program without writes and without operations that are several in one."""
+    if any(
+        _writes(node) or (node.target in _MADE_OF and not _is_linear(node))
+        for node in program.graph.nodes
+    ):
+        return program.run_decompositions(dict(_MADE_OF))
+    return program
+
+
+def _is_linear(node: Node) -> bool:
+    return name_of(node) == "aten::addmm" and not node.kwargs
 
 
 def _writes(node: Node) -> bool:

@@ -17,10 +17,13 @@ def weight_of(module: nn.Module) -> Any:
     return registered["weight"] if "weight" in registered else module.weight
 
 
-def weight_and_bias(module: nn.Module) -> tuple[Any, Any]:
-    """Both, each a tensor or None."""
+def weight_and_bias(
+    module: nn.Module, names: tuple[str, str] = ("weight", "bias")
+) -> tuple[Any, Any]:
+    """Both, each a tensor or None, under the names that they have."""
+    weight, bias = names
     registered = module._parameters
     return (
-        registered["weight"] if "weight" in registered else module.weight,
-        registered["bias"] if "bias" in registered else module.bias,
+        registered[weight] if weight in registered else getattr(module, weight),
+        registered[bias] if bias in registered else getattr(module, bias),
     )

@@ -105,6 +105,20 @@ class ScaledBlock(Block):
         return self.gamma * self.branch(x) + x
 
 
+class LerpBlock(Block):
+    """A weighted sum as one operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.lerp(x, self.branch(x), 0.3)
+
+
+class AddcmulBlock(ScaledBlock):
+    """LayerScale and sum as one operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(x, self.gamma, self.branch(x))
+
+
 class FunctionalBlock(Block):
     """Holds its norm's parameters itself, and calls the function."""
 
@@ -114,6 +128,14 @@ class FunctionalBlock(Block):
 
     def branch(self, x: Tensor) -> Tensor:
         return super().branch(F.layer_norm(x, (D,), self.scale, self.shift, 1e-4))
+
+
+class GroupBlock(FunctionalBlock):
+    """Normalises with one group, over rows that have nothing but features."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        rows = F.group_norm(x.reshape(-1, D), 1, self.scale, self.shift, 1e-4)
+        return Block.branch(self, rows.view_as(x))
 
 
 class PlusOne(nn.LayerNorm):
@@ -153,6 +175,38 @@ class VarianceAndMean(SpelledOut):
     def forward(self, x: Tensor) -> Tensor:
         variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
         return (x - mean) * (variance + 1e-6) ** -0.5 * self.weight
+
+
+class OwnNames(nn.Module):
+    """The same with names of its own for weight and bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.ones(D)), nn.Parameter(torch.zeros(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        variance = (x - mean).pow(2).mean(-1, keepdim=True)
+        return self.gamma[None, None] * ((x - mean) / torch.sqrt(variance + 1e-6)) + self.beta
+
+
+class MeanOfSquares(OwnNames):
+    """The same with the variance as the mean square minus the square of the mean."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        variance = x.square().mean(-1, keepdim=True) - mean * mean
+        normal = (x - mean) * torch.rsqrt(variance + 1e-6)
+        return torch.addcmul(self.beta, self.gamma, normal)
+
+
+class SumsOverSize(OwnNames):
+    """The same with sums divided by the size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.sum(-1, keepdim=True) / x.shape[-1]
+        variance = (x**2).sum(-1, keepdim=True) / x.shape[-1]
+        return x * (variance + 1e-6).sqrt().reciprocal() * self.gamma + self.beta
 
 
 class Net(nn.Module):

@@ -68,6 +68,13 @@ class Depthwise(Block):
         return x + self.branch(self.conv(x.transpose(1, 2)).transpose(1, 2))
 
 
+class GroupNorm(nn.GroupNorm):
+    """Normalises features and positions together."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
 class RootMeanSquare(nn.Module):
     """RMSNorm in elementary operations."""
 
@@ -101,6 +108,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "read": (Reader, "blocks.1.norm", "linear reads the un-normalised stream"),
     "merged": (Merged, "blocks.1.norm", "cat reads the un-normalised stream"),
     "depthwise": (lambda: Net(Depthwise(), Depthwise()), "norm", "conv1d reads the un-normalised"),
+    "positions too": (lambda: Net(Block(GroupNorm(1, 16)), final=GroupNorm(1, 16)),
+                      "", "no layer norm over a last"),
     "RMSNorm": (lambda: Net(Block(RootMeanSquare()), final=RootMeanSquare()),
                 "", "RMSNorm already"),
     "no norm": (lambda: Net(Block(nn.Identity()), final=nn.Identity()), "", "no layer norm"),

@@ -22,6 +22,7 @@ from effkern.convert.calls import name_of
 from effkern.convert.dropped import transfer_dropped
 from effkern.convert.rules import _RULES, transfer
 from effkern.convert.states import Lost, Shift, State
+from effkern.convert.trace import in_elementary_operations
 
 D = 4
 ROW = torch.tensor([2, 0, 1])
@@ -37,6 +38,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], bool]] = {
     "add": (lambda x, y: x + y, (r(3, D), r(2, 3, D)), True),
     "add twice": (lambda x: x + x, (r(3, D),), True),
     "add zeros": (lambda x: x + torch.zeros(3, D, dtype=x.dtype), (r(3, D),), True),
+    "add scaled zeros": (lambda x: torch.zeros_like(x) * 0.5 + x, (r(3, D),), True),
     "add alpha": (lambda x, y: torch.add(x, y, alpha=3), (r(3, D), r(3, D)), True),
     "sub": (lambda x, y: x - y, (r(3, D), r(D)), True),
     "rsub": (lambda x: 1 - x, (r(3, D),), False),
@@ -47,6 +49,15 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], bool]] = {
     "mul expanded": (lambda x, y: x * y[:, None].expand(3, D), (r(3, D), r(3)), True),
     "div rows": (lambda x, y: x / y, (r(3, D), r(3, 1)), True),
     "div by it": (lambda x: 1 / x, (r(3, D),), False),
+    "addcmul": (lambda x, y: torch.addcmul(x, y, 2 * torch.ones(3, 1, dtype=x.dtype), value=0.5),
+                (r(3, D), r(3, D)), True),
+    "addcmul features": (torch.addcmul, (r(3, D), r(3, D), r(D)), False),
+    "addcdiv": (lambda x, y: torch.addcdiv(x, y, 2 * torch.ones(3, 1, dtype=x.dtype), value=0.5),
+                (r(3, D), r(3, D)), True),
+    "addcdiv by it": (lambda x: torch.addcdiv(x, x, x), (r(3, D),), False),
+    "lerp": (lambda x, y: torch.lerp(x, y, 0.3), (r(3, D), r(3, D)), True),
+    "lerp rows": (torch.lerp, (r(3, D), r(3, D), r(3, 1)), True),
+    "lerp features": (torch.lerp, (r(3, D), r(3, D), r(D)), False),
     "neg": (lambda x: -x, (r(3, D),), True),
     "to float": (lambda x: x.float().double(), (r(3, D),), True),
     "to int": (lambda x: x.to(torch.int64), (r(3, D),), False),
@@ -118,6 +129,10 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], bool]] = {
     "linear over tokens with bias": (F.linear, (r(2, D, 3), r(5, 3), r(5)), False),
     "linear reads": (lambda x: F.linear(x, torch.ones(3, D, dtype=x.dtype)), (r(3, D),), False),
     "addmm": (torch.addmm, (r(D), r(3, 5), r(5, D)), True),
+    "addmm scaled": (lambda b, x, y: torch.addmm(b, x, y, beta=2, alpha=3),
+                     (r(3, D), r(3, 5), r(5, D)), True),
+    "baddbmm": (lambda b, x, y: torch.baddbmm(b, x, y, alpha=3),
+                (r(2, 3, D), r(2, 3, 5), r(2, 5, D)), True),
     "matmul": (lambda x, y: x @ y, (r(2, 3, 5), r(5, D)), True),
     "matmul rows": (lambda x, y: x @ y, (r(2, D, 3), r(3, 5)), True),
     "matmul batch": (lambda x, y: x @ y, (r(D, 3, 3), r(3, 5)), False),
@@ -156,6 +171,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], bool]] = {
     "layer_norm of both": (lambda x: F.layer_norm(x, (3, D)), (r(2, 3, D),), False),
     "layer_norm merged": (lambda x: F.layer_norm(x, (2 * D,)), (r(3, 2 * D),), False),
     "group_norm": (lambda x: F.group_norm(x, 1), (r(2, D, 3),), False),
+    "group_norm of rows": (lambda x: F.group_norm(x, 1), (r(3, D),), False),
     "softmax": (lambda x: x.softmax(-1), (r(3, D),), False),
     "softmax rows": (lambda x: x.softmax(0), (r(3, D),), False),
     "zeros_like": (torch.zeros_like, (r(3, D),), False),
@@ -163,12 +179,20 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], bool]] = {
 }  # fmt: skip
 
 
+#: Operations that are several in one, which a trace takes apart.
+COMPOUND = [name for name in OPERATIONS if name.startswith(("addc", "lerp", "addmm s", "baddbmm"))]
+COMPOUND.append("group_norm of rows")
+
+
 class Everything(nn.Module):
-    """All operations in one call, since tracing is what takes the time."""
+    """Many operations in one call, since tracing is what takes the time."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.functions = [OPERATIONS[name][0] for name in names]
 
     def forward(self, operands: list[list[Tensor]]) -> list[Any]:
-        functions = [function for function, _, _ in OPERATIONS.values()]
-        return [f(*own) for f, own in zip(functions, operands, strict=True)]
+        return [f(*own) for f, own in zip(self.functions, operands, strict=True)]
 
 
 class Traced(NamedTuple):
@@ -181,8 +205,16 @@ class Traced(NamedTuple):
 
 @pytest.fixture(scope="module")
 def traced() -> dict[str, Traced]:
-    operands = [list(own) for _, own, _ in OPERATIONS.values()]
-    program = torch.export.export(Everything(), (operands,), strict=False)
+    simple = [name for name in OPERATIONS if name not in COMPOUND]
+    return graphs_of(simple) | graphs_of(COMPOUND)
+
+
+def graphs_of(names: list[str]) -> dict[str, Traced]:
+    """The operations of these names, taken from one trace."""
+    operands = [list(OPERATIONS[name][1]) for name in names]
+    program = torch.export.export(Everything(names), (operands,), strict=False)
+    if names is COMPOUND:
+        program = in_elementary_operations(program)
     graph = program.graph
     holders = iter(
         node
@@ -191,7 +223,7 @@ def traced() -> dict[str, Traced]:
     )
     (output,) = (node for node in graph.nodes if node.op == "output")
     found = {}
-    for (name, (_, own, _)), result in zip(OPERATIONS.items(), output.args[0], strict=True):
+    for name, own, result in zip(names, operands, output.args[0], strict=True):
         needed = {result}
         for node in reversed(graph.nodes):
             if node in needed:
