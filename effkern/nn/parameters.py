@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 
-def weight_of(module: nn.Module) -> Any:
-    """The weight: a tensor or None."""
+def weight_of(module: nn.Module, name: str = "weight") -> Any:
+    """The weight, a tensor or None, under the name that it has."""
     registered = module._parameters
-    return registered["weight"] if "weight" in registered else module.weight
+    return registered[name] if name in registered else getattr(module, name)
 
 
 def weight_and_bias(

@@ -135,6 +135,27 @@ def test_one_parameter_or_two_dtypes(
     check(norm, x, *parameters, grad=torch.randn_like(x))
 
 
+@dtypes
+@pytest.mark.parametrize("kind", ["none", "same", "wide", "other", "bias alone", "mixed"])
+@every_norm
+def test_inference_is_the_forward_pass(
+    backend: Backend, norm: Norm, dtype: torch.dtype, kind: str
+) -> None:
+    """To the bit, for one eps or none, whether it goes to the kernel at once or not."""
+    if is_spared(backend, norm) and (dtype == torch.float16 or kind == "mixed"):
+        return
+    parameters = parameters_of(norm, kind, 40, dtype, backend.device)
+    for x in (torch.randn(9, 40), torch.randn(3, 5, 80)[:, 1::2, 7:47], torch.randn(0, 40)):
+        x = x.to(dtype).to(backend.device)
+        for eps in (1e-3, None):
+            y = norm(x.requires_grad_(), *parameters, eps=eps)
+            with torch.no_grad():
+                torch.testing.assert_close(
+                    norm(x, *parameters, eps=eps), y.detach(), rtol=0, atol=0
+                )
+            x = x.detach()
+
+
 def with_last(x: Tensor) -> Tensor:
     """The d features that d - 1 stand for."""
     return torch.cat([x, -x.sum(-1, keepdim=True)], -1)

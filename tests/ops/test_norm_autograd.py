@@ -96,8 +96,8 @@ def test_public_ops_differentiate_too(norm: Norm) -> None:
 @every_norm
 def test_opcheck_kernels(norm: Norm, overload: str, dtype: torch.dtype) -> None:
     x, r, *parameters = arguments(norm, requires_grad=False, dtype=dtype)
-    forward, add_forward, backward = (
-        norm.op(kind, overload) for kind in ("forward", "add_forward", "backward")
+    forward, add_forward, backward, inference = (
+        norm.op(kind, overload) for kind in ("forward", "add_forward", "backward", "inference")
     )
     none, wide = [None] * len(parameters), [p.float() for p in parameters]
     many = 2 if norm.many_dims else 1
@@ -110,6 +110,7 @@ def test_opcheck_kernels(norm: Norm, overload: str, dtype: torch.dtype) -> None:
         inner = x
         if residual is None:
             torch.library.opcheck(forward, (x, *given, dims, 1e-5))
+            torch.library.opcheck(inference, (x, *given, dims, 1e-5))
             _, kept = forward(x, *given, dims, 1e-5)
         else:
             torch.library.opcheck(add_forward, (x, residual, *given, dims, 1e-5))

@@ -120,9 +120,20 @@ X, W = torch.randn(4, 8), torch.ones(8)
         (lambda: torch.ops.effkern.crms_norm(X, W[:7]), RuntimeError, "weight must have shape"),
     ],
 )
-def test_refused(call: Any, kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind, match=message):
+@pytest.mark.parametrize("grad", [True, False])
+def test_refused(call: Any, kind: type[Exception], message: str, grad: bool) -> None:
+    """Whether checked before the kernel is called or, in inference, after it has refused."""
+    with torch.set_grad_enabled(grad), pytest.raises(kind, match=message):
         call()
+
+
+@every_norm
+def test_the_inference_kernel_of_a_library_checks_all(norm: Norm) -> None:
+    """Nothing else does before it is called."""
+    inference = norm.op("inference")
+    for weight in (W.int(), W[None], W.to("meta"), torch.ones(1)):
+        with pytest.raises(RuntimeError, match="weight"):
+            inference(X, weight, None, 1, 1e-5)
 
 
 @every_norm
@@ -131,8 +142,8 @@ def test_the_kernel_ops_defend_themselves(backend: Backend, norm: Norm) -> None:
     if backend.name == "reference":
         return
     overload = backend.name if backend.name in ("simt", "triton") else "default"
-    forward, add_forward, backward = (
-        norm.op(kind, overload) for kind in ("forward", "add_forward", "backward")
+    forward, add_forward, backward, inference = (
+        norm.op(kind, overload) for kind in ("forward", "add_forward", "backward", "inference")
     )
     x, w = X.to(backend.device), W.to(backend.device)
     kept = torch.ones((norm.numbers, 4)[norm.numbers == 1 :], device=backend.device)
@@ -142,6 +153,10 @@ def test_the_kernel_ops_defend_themselves(backend: Backend, norm: Norm) -> None:
         lambda: forward(x, w[:7], *none[1:], 1, 1e-5),
         lambda: forward(x, *all_, 0, 1e-5),
         lambda: forward(x, *all_, 3, 1e-5),
+        lambda: inference(x.int(), *none, 1, 1e-5),
+        lambda: inference(x, w[:7], *none[1:], 1, 1e-5),
+        lambda: inference(x, w, w.double(), 1, 1e-5),
+        lambda: inference(x, *all_, 3, 1e-5),
         lambda: add_forward(x, x[:2], *all_, 1, 1e-5),
         lambda: add_forward(x, x.double(), *all_, 1, 1e-5),
         lambda: backward(x[:2], None, x, w, kept, 1, True, *wants),

@@ -60,7 +60,7 @@ class Norm:
         return self.function(x, dims, padded[: self.public_parameters], eps, residual)
 
     def op(self, kind: str, overload: str = "default") -> Any:
-        """The kernel op: "forward", "add_forward" or "backward"."""
+        """The kernel op: "forward", "add_forward", "backward" or "inference"."""
         name = f"_add_{self.name}_forward" if kind == "add_forward" else f"_{self.name}_{kind}"
         return getattr(getattr(torch.ops.effkern, name), overload)
 
