@@ -16,6 +16,7 @@ from effkern.backends.reference.dtypes import accumulation_dtype
 from effkern.ops._declare import Family, declare
 from effkern.ops._modes import autocast_is_on, may_be_looked_at, transforms_are_active
 from effkern.ops.norm_attention_checks import Seen, check, in_four_dimensions, read_mask
+from effkern.ops.norm_softmax import norm_softmax
 from effkern.ops.norm_softmax_checks import tau_of
 
 
@@ -41,10 +42,14 @@ def norm_softmax_attention(
     does the rest with the kernels it has. Memory beyond that is linear in L and S: a copy of q and
     k, and in causal attention an (E, E) matrix for each 64 keys while the kernel runs.
 
-    That holds without a mask, with ``is_causal``, and for masks that are the same for all rows (of
-    size 1 in the dimension before the last: padding). For any other mask, and for L < E / 2, sigma
-    is found from the scores of some rows at a time: at most 2^21 scores (or one row's), computed
-    once more in the forward pass and once more in the backward pass.
+    Rows that see few keys go by the definition: all rows where there are at most 32 keys, and of
+    causal attention the first 32. A query may there be all but orthogonal to the keys' differences,
+    and dividing it would magnify the rounding of all that is not.
+
+    Without scores go attention without a mask, with ``is_causal``, and for masks that are the same
+    for all rows (of size 1 in the dimension before the last: padding). For any other mask, and for
+    L < E / 2, sigma is found from the scores of some rows at a time: at most 2^21 scores (or one
+    row's), computed once more in the forward pass and once more in the backward pass.
 
     Args:
         q: queries, shape (*, L, E); float32, float64, bfloat16 or float16.
@@ -154,20 +159,79 @@ def _attend(
         scale = 1 / math.sqrt(features) if features else 1.0
     tau = tau_of(tau, q)
     q, k, v, mask, leading = in_four_dimensions(q, k, v, mask, gqa)
-    if transforms_are_active():
-        # torch.func differentiates and maps the definition, to any order and in forward mode.
-        if key_mask is not None:
-            keys = key_mask[:, None, None, :]
-            mask = (
-                keys
-                if mask is None
-                else (
-                    mask & keys if mask.dtype == torch.bool else torch.where(keys, mask, -math.inf)
-                )
-            )
-        k, v = (t.repeat_interleave(q.shape[1] // max(t.shape[1], 1), 1) for t in (k, v))
-        y, _ = reference.attention(q, k, v, mask, causal, scale, tau, eps, dropout_p)
-        return y.reshape(*leading, *y.shape[-2:])
+    numbers = causal, scale, tau, eps, dropout_p
+    # torch.func differentiates and maps the definition, to any order and in forward mode.
+    if k.shape[-2] <= FEW_KEYS or transforms_are_active():
+        y = _by_definition(q, k, v, mask, key_mask, numbers)
+    elif causal and q.shape[-2] <= FEW_KEYS:
+        y = _by_definition(*_first(q, k, v, mask, key_mask), numbers)
+    else:
+        y = _without_scores(q, k, v, mask, key_mask, gqa, *numbers)
+        if causal and FEW_KEYS:
+            first = _by_definition(*_first(q, k, v, mask, key_mask), numbers)
+            y = torch.cat((first, y[..., FEW_KEYS:, :]), -2)
+    return y if y.shape[:-2] == leading else y.reshape(*leading, *y.shape[-2:])
+
+
+#: So many keys, or fewer, are few.
+FEW_KEYS = 32
+
+
+def _first(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What causal attention needs for its first rows, which see no more keys than they are."""
+    rows = min(q.shape[-2], FEW_KEYS)
+    if mask is not None:
+        for dim in (-2, -1):
+            mask = mask.narrow(dim, 0, min(mask.shape[dim], rows))
+    q, k, v = (t[..., :rows, :] for t in (q, k, v))
+    return q, k, v, mask, None if key_mask is None else key_mask[:, :rows]
+
+
+def _by_definition(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    numbers: tuple[bool, float, float | Tensor, float, float],
+) -> Tensor:
+    if key_mask is not None:
+        keys = key_mask[:, None, None, :]
+        if mask is None:
+            mask = keys
+        elif mask.dtype == torch.bool:
+            mask = mask & keys
+        else:
+            mask = torch.where(keys, mask, -math.inf)
+    if k.numel() and not transforms_are_active():
+        # Which scores do not depend on, but for a constant in each row.
+        seen, causal = reference.seen_by_any(mask, k), numbers[0]
+        k = k.to(accumulation_dtype(k.dtype)) - reference.offset(k.detach(), seen, causal)
+    k, v = (t.repeat_interleave(q.shape[1] // max(t.shape[1], 1), 1) for t in (k, v))
+    return reference.attention(q, k, v, mask, *numbers, softmax=_norm_softmax)[0]
+
+
+def _norm_softmax(
+    x: Tensor, mask: Tensor | None, tau: float | Tensor, eps: float, dim: int
+) -> Tensor:
+    return norm_softmax(x, dim, tau=tau, eps=eps, mask=mask)
+
+
+def _without_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    gqa: bool,
+    causal: bool,
+    scale: float,
+    tau: float | Tensor,
+    eps: float,
+    dropout_p: float,
+) -> Tensor:
     seen = read_mask(mask, key_mask, causal, q, k)
     if q.numel() and k.numel():
         if seen.keys is not None and seen.keys.shape[1] not in (1, k.shape[1]):
@@ -187,9 +251,7 @@ def _attend(
             scale=scale,
             enable_gqa=gqa,
         )
-    if seen.some is not None:
-        y = torch.where(seen.some, y, 0)
-    return y if y.shape[:-2] == leading else y.reshape(*leading, *y.shape[-2:])
+    return y if seen.some is None else torch.where(seen.some, y, 0)
 
 
 def _as_kernels_read_it(mask: Tensor | None, q: Tensor) -> Tensor | None:

@@ -14,6 +14,7 @@ import effkern
 from effkern.nn.functional import norm_softmax_attention
 from tests.support.backends import Backend
 from tests.support.norm_attention import (
+    _no_keys_are_few,  # noqa: F401
     _only_backends_with_a_kernel,  # noqa: F401
     attention,
 )

@@ -18,6 +18,12 @@ def _only_backends_with_a_kernel(request: pytest.FixtureRequest) -> None:
             pytest.skip(f"attention has no kernel of {name}: docs/norm_softmax.md, Backends")
 
 
+@pytest.fixture(autouse=True)
+def _no_keys_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that small tests reach the deviations' kernels; see test_norm_attention_few_keys.py."""
+    monkeypatch.setattr("effkern.ops.norm_attention.FEW_KEYS", 0)
+
+
 def visible(mask: Tensor | None, causal: bool, rows: int, keys: int, device: Any) -> Tensor:
     """Which keys each row sees, in a shape that broadcasts to the scores."""
     seen = torch.ones(rows, keys, dtype=torch.bool, device=device)

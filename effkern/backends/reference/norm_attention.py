@@ -21,6 +21,7 @@ gradient. The covariance and its quadratic form are of float64: where one key is
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ def attention(
     tau: float | Tensor,
     eps: float,
     dropout_p: float,
+    softmax: Callable[..., Tensor] = norm_softmax,
 ) -> tuple[Tensor, Tensor]:
     """The definition, with all scores; differentiable to any order, and under torch.func.
 
@@ -77,6 +79,7 @@ def attention(
         tau: the temperature.
         eps: the least divisor.
         dropout_p: of the probabilities.
+        softmax: what computes `effkern.backends.reference.norm_softmax.norm_softmax`.
 
     Returns:
         The result, shape (*, L, Ev), and the probabilities after dropout, shape (*, L, S), in the
@@ -85,8 +88,9 @@ def attention(
     acc = accumulation_dtype(q.dtype)
     scores = q.to(acc) @ k.to(acc).transpose(-2, -1) * scale
     mask = with_causal(mask, causal, scores.shape[-2], scores.shape[-1], scores)
-    weights = norm_softmax(scores, mask, tau, eps, -1)
-    weights = torch.dropout(weights, dropout_p, dropout_p > 0)
+    weights = softmax(scores, mask, tau, eps, -1)
+    if dropout_p > 0:
+        weights = torch.dropout(weights, dropout_p, True)
     return (weights @ v.to(acc)).to(q.dtype), weights.to(q.dtype)
 
 
@@ -474,13 +478,13 @@ def masked_backward(
 
 def _without_offset(k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Keys in the accumulation dtype, zero where no row sees them, and the offset taken off."""
-    seen = _seen_by_any(mask, k)
+    seen = seen_by_any(mask, k)
     taken = offset(k, seen, True)
     keys = k.to(accumulation_dtype(k.dtype)) - taken
     return keys if seen is None else keys.masked_fill(~seen[..., None], 0), taken
 
 
-def _seen_by_any(mask: Tensor | None, k: Tensor) -> Tensor | None:
+def seen_by_any(mask: Tensor | None, k: Tensor) -> Tensor | None:
     """The keys that some row sees, shape (B or 1, Hk or 1, S)."""
     if mask is None:
         return None
