@@ -169,7 +169,7 @@ def _attend(
         y = _without_scores(q, k, v, mask, key_mask, gqa, *numbers)
         if causal and FEW_KEYS:
             first = _by_definition(*_first(q, k, v, mask, key_mask), numbers)
-            y = torch.cat((first, y[..., FEW_KEYS:, :]), -2)
+            y = _with_first(first, y)
     return y if y.shape[:-2] == leading else y.reshape(*leading, *y.shape[-2:])
 
 
@@ -187,6 +187,14 @@ def _first(
             mask = mask.narrow(dim, 0, min(mask.shape[dim], rows))
     q, k, v = (t[..., :rows, :] for t in (q, k, v))
     return q, k, v, mask, None if key_mask is None else key_mask[:, :rows]
+
+
+def _with_first(first: Tensor, y: Tensor) -> Tensor:
+    """Y with other first rows: in its own memory where no backward pass will need it as it is."""
+    if y.requires_grad or not may_be_looked_at(y):
+        return torch.cat((first, y[..., first.shape[-2] :, :]), -2)
+    y[..., : first.shape[-2], :] = first
+    return y
 
 
 def _by_definition(

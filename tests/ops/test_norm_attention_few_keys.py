@@ -80,6 +80,13 @@ def test_all_rows_of_causal_attention_together(backend: Backend, keys: int, grou
         torch.testing.assert_close(*found)
 
 
+def test_causal_inference() -> None:
+    tensors = [torch.randn(1, 2, 70, 16, requires_grad=True) for _ in range(3)]
+    y = norm_softmax_attention(*tensors, is_causal=True)
+    with torch.no_grad():
+        assert torch.equal(norm_softmax_attention(*tensors, is_causal=True), y)
+
+
 @pytest.mark.parametrize("kind", ["none", "padding", "any", "additive", "causal"])
 def test_masks(backend: Backend, kind: str) -> None:
     q, k, v = (torch.randn(2, 4, n, 8, device=backend.device) for n in (40, 9, 9))
