@@ -14,7 +14,7 @@ from torch import nn
 def weight_of(module: nn.Module) -> Any:
     """The weight: a tensor or None."""
     registered = module._parameters
-    return registered["weight"] if "weight" in registered else module.weight
+    return registered["weight"] if "weight" in registered else module.weight  # noqa: SIM401
 
 
 def weight_and_bias(
