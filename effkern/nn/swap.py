@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import _disable_current_modes
 
 from effkern.nn.norm import CRMSNorm, LayerNorm, RMSNorm
 from effkern.nn.recognised import HOW, NotRecognised, Recognised, recognise, twin_class
@@ -112,7 +113,9 @@ def _recognised(
     key = _key(module)
     if key not in known:
         try:
-            known[key] = recognise(module)
+            # Numbers are compared, which those of a FakeTensorMode, say, have not.
+            with _disable_current_modes():
+                known[key] = recognise(module)
         except NotRecognised as reason:
             known[key] = str(reason)
     return known[key]

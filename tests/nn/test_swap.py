@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import effkern
 from effkern.nn.swap import SwapReport
@@ -503,9 +504,10 @@ def test_a_meta_model_and_no_model() -> None:
         effkern.swap_norms(3)  # type: ignore[arg-type]
 
 
-def test_a_default_device_does_not_matter() -> None:
+@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), FakeTensorMode])
+def test_a_default_device_or_a_mode_does_not_matter(mode: Callable[[], Any]) -> None:
     norm = RoundsFirst(16)
-    with torch.device("meta"):
+    with mode():
         assert len(effkern.swap_norms(norm).swapped) == 1
 
 
