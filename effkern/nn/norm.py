@@ -97,8 +97,10 @@ class LayerNorm(torch.nn.LayerNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
         self.memory_efficient = memory_efficient
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Normalise x, or x + residual: see `effkern.nn.functional.layer_norm`.
+    def forward(  # type: ignore[override]
+        self, input: Tensor, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalise x, the input, or x + residual: see `effkern.nn.functional.layer_norm`.
 
         Returns:
             y like x; with a residual the pair ``(y, x + residual)``.
@@ -106,7 +108,7 @@ class LayerNorm(torch.nn.LayerNorm):
         weight, bias = weight_and_bias(self)
         return affine_norm(
             "layer_norm",
-            x,
+            input,
             self.normalized_shape,
             weight,
             bias,

@@ -12,6 +12,7 @@ from effkern.backends.reference.norm_attention import attention, is_seen
 from effkern.ops._modes import without_autocast
 from effkern.ops.norm_attention import attend
 from effkern.ops.norm_attention_checks import check, check_mask
+from effkern.ops.norm_checks import check_kind
 from effkern.ops.norm_softmax_checks import check_eps, check_tau, tau_of
 
 __all__ = ["NormSoftmaxAttention"]
@@ -116,13 +117,8 @@ class NormSoftmaxAttention(nn.MultiheadAttention):
         """
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
+        self._check_inputs(query, key, value)
         batched = query.dim() == 3
-        if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
-            raise RuntimeError(
-                "NormSoftmaxAttention: query, key and value must all have 3 dimensions, or 2 "
-                f"without a batch, got shapes {tuple(query.shape)}, {tuple(key.shape)} and "
-                f"{tuple(value.shape)}"
-            )
         projected = self._projected(query, key, value)
         if not batched:
             projected = tuple(t[None] for t in projected)
@@ -159,6 +155,33 @@ class NormSoftmaxAttention(nn.MultiheadAttention):
             return y[0], weights
         return y if self.batch_first else y.transpose(0, 1), weights
 
+    def _check_inputs(self, query: Any, key: Any, value: Any) -> None:
+        given = {"query": query, "key": key, "value": value}
+        for name, tensor in given.items():
+            check_kind("NormSoftmaxAttention", name, tensor)
+        shapes = f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
+            raise RuntimeError(
+                "NormSoftmaxAttention: query, key and value must all have 3 dimensions, or 2 "
+                f"without a batch, got shapes {shapes}"
+            )
+        features = (self.embed_dim, self.kdim, self.vdim)
+        for (name, tensor), wanted in zip(given.items(), features, strict=True):
+            if tensor.shape[-1] != wanted:
+                raise RuntimeError(
+                    f"NormSoftmaxAttention: {name} must have {wanted} features, got shape "
+                    f"{tuple(tensor.shape)}"
+                )
+        of_batch = 0 if self.batch_first else 1
+        # Not broadcast, as it is not in PyTorch's class.
+        if query.dim() == 3 and not (
+            query.shape[of_batch] == key.shape[of_batch] == value.shape[of_batch]
+        ):
+            raise RuntimeError(
+                "NormSoftmaxAttention: query, key and value must have the same batch size, got "
+                f"shapes {shapes}"
+            )
+
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         if self.in_proj_weight is not None:
             if query is key is value:
@@ -180,25 +203,25 @@ class NormSoftmaxAttention(nn.MultiheadAttention):
         batch, heads, rows, keys = *q.shape[:-1], k.shape[-2]
         general, seen = None, None
         if attn_mask is not None:
+            general = _taking_part(attn_mask, "attn_mask", q)
             if attn_mask.shape not in ((rows, keys), (batch * heads, rows, keys)):
                 raise RuntimeError(
                     f"NormSoftmaxAttention: attn_mask must have shape {(rows, keys)} or "
                     f"{(batch * heads, rows, keys)}, got {tuple(attn_mask.shape)}"
                 )
-            general = _taking_part(attn_mask, "attn_mask", q)
             if general.dim() == 2:
                 general = general[None, None]
             else:
                 general = general.unflatten(0, (batch, heads))
         if key_padding_mask is not None:
-            if key_padding_mask.dim() == 1:
-                key_padding_mask = key_padding_mask[None]
-            if key_padding_mask.shape != (batch, keys):
+            padding = _taking_part(key_padding_mask, "key_padding_mask", q)
+            if padding.dim() == 1:
+                padding = padding[None]
+            if padding.shape != (batch, keys):
                 raise RuntimeError(
                     f"NormSoftmaxAttention: key_padding_mask must have shape {(batch, keys)}, got "
                     f"{tuple(key_padding_mask.shape)}"
                 )
-            padding = _taking_part(key_padding_mask, "key_padding_mask", q)
             if padding.dtype == torch.bool:
                 seen = padding
             elif general is None or general.dtype == torch.bool:

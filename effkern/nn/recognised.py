@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -150,7 +151,9 @@ def _probes(module: nn.Module, features: int, epsilons: list[str]) -> Iterator[_
     values = [torch.randn(features, generator=generator, device="cpu") for _ in range(2)]
     dtypes = (torch.float32, torch.bfloat16)
     has_parameters = any(parameter is not None for parameter in module._parameters.values())
-    for x_dtype, dtype, training in itertools.product(dtypes, dtypes, (False, True)):
+    # With four dimensions the last is not the third: some norms count from the front.
+    shapes = ((2, rows, features), (2, 1, rows, features))
+    for x_dtype, dtype, training, shape in itertools.product(dtypes, dtypes, (False, True), shapes):
         if dtype != torch.float32 and not has_parameters:
             continue  # the same again
         probe = copy.copy(module)
@@ -160,8 +163,10 @@ def _probes(module: nn.Module, features: int, epsilons: list[str]) -> Iterator[_
             name: None if parameter is None else nn.Parameter(value.to(dtype))
             for (name, parameter), value in zip(module._parameters.items(), values, strict=False)
         }
-        x, y = wide.to(x_dtype), None
-        with torch.no_grad():
+        x, y = wide.to(x_dtype).view(shape), None
+        # Modules that are no norms are tried too: dropout draws, instance norm warns.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             try:
                 y = type(module).forward(probe, x.clone())
             except Exception:  # whatever it raises: it does not take this mixture
@@ -219,10 +224,14 @@ def twin_class(original: type[nn.Module], centred: bool, eps: str) -> type[nn.Mo
     key = original, centred, eps
     if key in _twins:
         return _twins[key]
+    signature = inspect.signature(original.forward)
+    argument = list(signature.parameters)[1]
 
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def forward(self: Any, *given: Tensor, **named: Tensor) -> Tensor:
         """As the original's, in one kernel where it rounds once."""
-        return apply(self, getattr(self, HOW), x)
+        if len(given) + len(named) != 1 or not (given or argument in named):
+            raise TypeError(f"{original.__name__}.forward() takes one argument, {argument}")
+        return apply(self, getattr(self, HOW), given[0] if given else named[argument])
 
     def extra_repr(self: Any) -> str:
         """As the original's."""
@@ -238,15 +247,34 @@ def twin_class(original: type[nn.Module], centred: bool, eps: str) -> type[nn.Mo
         "__reduce_ex__": reduce_ex,
         "__module__": __name__,
         # What PyTorch's norms have.
-        "normalized_shape": property(
-            lambda self: tuple(getattr(self, "weight", torch.empty(0)).shape)
-        ),
-        "elementwise_affine": property(lambda self: bool(self._parameters)),
+        "normalized_shape": _Unless(_shape),
+        "elementwise_affine": _Unless(lambda self: bool(_present(self))),
     }
     if eps != "eps":
-        members["eps"] = property(lambda self: getattr(self, eps))
+        members["eps"] = _Unless(lambda self: getattr(self, eps))
+    forward.__signature__ = signature  # type: ignore[attr-defined]
     base = LayerNorm if centred else RMSNorm
-    return _twins.setdefault(key, type(f"Fused{original.__name__}", (base, original), members))
+    # The original first: its other methods, as reset_parameters, stay its own.
+    return _twins.setdefault(key, type(f"Fused{original.__name__}", (original, base), members))
+
+
+class _Unless:
+    """An attribute that is computed unless the instance has one of its own."""
+
+    def __init__(self, compute: Callable[[Any], Any]) -> None:
+        self._compute = compute
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else self._compute(instance)
+
+
+def _present(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module._parameters.values() if parameter is not None]
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """The normalised one; without parameters nobody knows."""
+    return next((tuple(parameter.shape) for parameter in _present(module)), (0,))
 
 
 def _empty_twin(original: type[nn.Module], centred: bool, eps: str) -> nn.Module:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import _disable_current_modes
 
 from effkern.nn.norm import CRMSNorm, LayerNorm, RMSNorm
 from effkern.nn.recognised import HOW, NotRecognised, Recognised, recognise, twin_class
@@ -92,6 +94,8 @@ def _why_not(module: nn.Module) -> str:
         return "it was compiled in place"
     if any(parameter.dtype not in DTYPES for parameter in module.parameters(recurse=False)):
         return "its parameters are of a dtype that the kernels do not take"
+    if any(map(is_lazy, module.parameters(recurse=False))):
+        return "its parameters have no shape yet"
     return ""
 
 
@@ -109,7 +113,9 @@ def _recognised(
     key = _key(module)
     if key not in known:
         try:
-            known[key] = recognise(module)
+            # Numbers are compared, which those of a FakeTensorMode, say, have not.
+            with _disable_current_modes():
+                known[key] = recognise(module)
         except NotRecognised as reason:
             known[key] = str(reason)
     return known[key]
@@ -125,11 +131,16 @@ def _key(module: nn.Module) -> object:
     )
     shapes = tuple((name, p.shape, p.dtype) for name, p in module.named_parameters(recurse=False))
     other = any(
-        not isinstance(value, plain) and not name.startswith("_")
+        not isinstance(value, plain) and name not in _EVERY_MODULES
         for name, value in vars(module).items()
     )
-    # With an attribute that cannot be compared, a module is like itself alone.
-    return type(module), repr(attributes), shapes, id(module) if other else None
+    alone = other or module._modules or module._buffers
+    # With something that cannot be compared, a module is like itself alone.
+    return type(module), repr(attributes), shapes, id(module) if alone else None
+
+
+#: Attributes that a module has from `nn.Module`; those that count are looked at by themselves.
+_EVERY_MODULES = vars(nn.Module())
 
 
 def _is_called_norm(module: nn.Module) -> bool:

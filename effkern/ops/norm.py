@@ -268,7 +268,10 @@ def run(
             how = name, dims, eps, memory_efficient
             if residual is None:
                 return NormFunction.apply(how, x, *parameters)
-            return AddNormFunction.apply(how, x, residual, *parameters)
+            y, total = AddNormFunction.apply(how, x, residual, *parameters)
+            # As the sum in plain operations: with frozen inputs nothing flows back through it.
+            flows = x.requires_grad or residual.requires_grad
+            return y, total if flows else total.detach()
     _, add_forward, _, inference = KERNELS[name](x)
     if residual is None:
         return inference(x, *parameters, dims, eps)

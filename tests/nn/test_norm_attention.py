@@ -166,6 +166,16 @@ def test_compiled_in_one_graph() -> None:
         (lambda: call(attn_mask=HIDDEN[:4]), RuntimeError, "attn_mask must have shape"),
         (lambda: call(attn_mask=HIDDEN.int()), RuntimeError, "attn_mask dtype"),
         (lambda: call(key_padding_mask=PADDING[:, :4]), RuntimeError, "key_padding_mask must have"),
+        (lambda: call(attn_mask=[1]), TypeError, "attn_mask must be a tensor or None, got list"),
+        (lambda: call(key_padding_mask=3), TypeError, "key_padding_mask must be a tensor or None"),
+        (lambda: call(key=None), TypeError, "key must be a tensor, got NoneType"),
+        (lambda: call(value=torch.randn(3, 10, 8)), RuntimeError, "value must have 32 features"),
+        (lambda: call(key=torch.randn(10, 32)), RuntimeError, "must all have 3 dimensions"),
+        (
+            lambda: call(key=torch.randn(1, 10, 32), value=torch.randn(1, 10, 32)),
+            RuntimeError,
+            "must have the same batch size",
+        ),
     ],
 )
 def test_refused(make: Any, kind: type[Exception], message: str) -> None:
@@ -175,7 +185,8 @@ def test_refused(make: Any, kind: type[Exception], message: str) -> None:
 
 def call(**keywords: Any) -> None:
     x = torch.randn(3, 10, 32)
-    NormSoftmaxAttention(32, 4, batch_first=True)(x, x, x, **keywords)
+    given = {"query": x, "key": x, "value": x} | keywords
+    NormSoftmaxAttention(32, 4, batch_first=True)(**given)
 
 
 def test_its_name_is_public() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import effkern
 from effkern.nn.swap import SwapReport
@@ -317,6 +320,14 @@ class ChannelsFirstLayerNorm(_Scaled):
         return self.weight[:, None, None] * x * (x.pow(2).mean(1, keepdim=True) + 1e-6).rsqrt()
 
 
+class ThirdDimensionRMSNorm(Weightless):
+    """Normalises the third dimension, which is the last in a batch of sequences alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(2, keepdim=True) + self.eps)).to(x.dtype)
+
+
 class Shifted(nn.RMSNorm):
     """A subclass that does more."""
 
@@ -346,6 +357,7 @@ def compiled() -> nn.Module:
         (lambda: WeightlessNoisyRMSNorm().eval(), "no known convention"),
         (lambda: PartialRMSNorm(8), "no known convention"),
         (lambda: ChannelsFirstLayerNorm(8), "no known convention"),
+        (ThirdDimensionRMSNorm, "no known convention"),
         (lambda: Shifted(8, eps=1e-6), "no known convention"),
         (lambda: Shifted(8), "no attribute holds an epsilon"),
         (lambda: Shifted((2, 4), eps=1e-6), "not of one dimension"),
@@ -368,6 +380,87 @@ def test_what_cannot_be_reproduced_is_left_alone(make: Any, reason: str) -> None
     assert type(model[0]) is kind
     assert "left    0:" in str(report)
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+class WithProjection(RoundsFirst):
+    """Has more than a norm where it is given more."""
+
+    def __init__(self, features: int, project: bool, scaled: bool) -> None:
+        super().__init__(features)
+        if project:
+            self.project = nn.Linear(features, features)
+        if scaled:
+            self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x) * getattr(self, "scale", 1)
+        return self.project(y) if hasattr(self, "project") else y
+
+
+def test_a_module_with_more_is_not_taken_for_one_of_its_class() -> None:
+    model = nn.Sequential(*(WithProjection(48, *more) for more in ((0, 0), (1, 0), (0, 1))))
+    x = torch.randn(5, 48)
+    stock = model(x)
+    assert [norm.path for norm in effkern.swap_norms(model).swapped] == ["0"]
+    torch.testing.assert_close(model(x), stock)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.LayerNorm(48), lambda: nn.RMSNorm(48), lambda: RoundsFirst(48)]
+)
+def test_called_by_keyword_as_before(make: Callable[[], nn.Module]) -> None:
+    norm = make()
+    (name,) = inspect.signature(norm.forward).parameters
+    x = torch.randn(5, 48)
+    stock = norm(**{name: x})
+    assert effkern.swap_norms(norm).swapped
+    torch.testing.assert_close(norm(**{name: x}), stock)
+    with pytest.raises(TypeError):
+        norm(other=x)
+    with pytest.raises(TypeError):
+        norm()
+
+
+def test_methods_and_attributes_of_the_class_stay() -> None:
+    class FromZero(CountsFromOne):
+        def reset_parameters(self) -> None:
+            nn.init.zeros_(self.weight)
+
+    norm = FromZero(48)
+    assert effkern.swap_norms(norm).swapped
+    norm.reset_parameters()
+    assert not norm.weight.any()
+    assert norm.normalized_shape == (48,)
+    norm.normalized_shape = (48,)  # what an instance is given stands before what is computed
+
+    without = Weightless()
+    without.register_parameter("weight", None)
+    assert effkern.swap_norms(without).swapped
+    assert (without.normalized_shape, without.elementwise_affine) == ((0,), False)
+
+
+def test_a_subclass_of_effkerns_own() -> None:
+    class InItsOwnDtype(effkern.nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    norm = InItsOwnDtype(48, eps=1e-6)
+    x = torch.randn(5, 48)
+    stock = norm(x)
+    assert effkern.swap_norms(norm).swapped
+    torch.testing.assert_close(norm(x), stock)
+
+
+def test_modules_that_draw_warn_or_have_no_shape_yet() -> None:
+    model = nn.Sequential(
+        nn.Dropout(0.05), nn.InstanceNorm1d(3), nn.LazyInstanceNorm1d(affine=True), nn.LayerNorm(4)
+    )
+    state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = effkern.swap_norms(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [norm.path for norm in report.swapped] == ["3"]
 
 
 def test_other_modules_are_not_mentioned() -> None:
@@ -411,9 +504,10 @@ def test_a_meta_model_and_no_model() -> None:
         effkern.swap_norms(3)  # type: ignore[arg-type]
 
 
-def test_a_default_device_does_not_matter() -> None:
+@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), FakeTensorMode])
+def test_a_default_device_or_a_mode_does_not_matter(mode: Callable[[], Any]) -> None:
     norm = RoundsFirst(16)
-    with torch.device("meta"):
+    with mode():
         assert len(effkern.swap_norms(norm).swapped) == 1
 
 

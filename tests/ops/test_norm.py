@@ -346,6 +346,15 @@ def test_only_the_sum_is_used(backend: Backend, norm: Norm) -> None:
     assert w.grad is None or not w.grad.any()
 
 
+@every_norm
+def test_nothing_flows_back_through_a_sum_of_frozen_inputs(backend: Backend, norm: Norm) -> None:
+    x, r = torch.randn(2, 5, 8, device=backend.device)
+    w = torch.rand(8, device=backend.device, requires_grad=True)
+    y, total = norm(x, w, residual=r)
+    assert y.requires_grad and not total.requires_grad
+    assert torch.equal(total, x + r)
+
+
 @dtypes
 @every_norm
 def test_the_fused_residual_equals_the_unfused(

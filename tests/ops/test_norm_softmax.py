@@ -35,6 +35,13 @@ def test_temperatures(backend: Backend, tau: float) -> None:
     check(rows_of_every_branch(40, device=backend.device), tau=tau)
 
 
+def test_a_number_keeps_its_digits(backend: Backend) -> None:
+    """0.3 in float32 is another number, and it is there that PyTorch makes tensors of numbers."""
+    x = 9 * torch.randn(4, 6, dtype=torch.float64, device=backend.device)
+    expected = torch.softmax(x / 0.3, -1)
+    torch.testing.assert_close(norm_softmax(x, tau=0.3), expected, rtol=1e-12, atol=0)
+
+
 def test_every_branch_is_reached() -> None:
     """By the rows that all tests here are of."""
     for dtype in DTYPES:

@@ -161,7 +161,7 @@ def divisor(variance: Tensor, count: Tensor | int, tau: Tau, eps: float) -> Tens
         eps: the least divisor.
     """
     is_sigma, is_tau = branches(variance, count, tau, eps)
-    tau = torch.as_tensor(tau, device=variance.device).to(variance.dtype)
+    tau = torch.as_tensor(tau, dtype=variance.dtype, device=variance.device)
     # Where the root is not used its argument is one: the gradient of a root at zero is infinite.
     root = torch.where(is_sigma, variance, 1).sqrt()
     return torch.where(is_sigma, root, torch.where(is_tau, tau, eps))
