@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -255,6 +255,14 @@ def _group_norm(
     return NotImplemented
 
 
+def _native_layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    normal = torch.nn.functional.layer_norm(x, shape, weight, bias, eps)
+    variance, mean = torch.var_mean(x, tuple(range(-len(shape), 0)), correction=0, keepdim=True)
+    return normal, mean, torch.rsqrt(variance + eps)
+
+
 #: What several operations in one are made of; rules speak of those.
 _MADE_OF = {
     torch.ops.aten.addcmul.default: _sum_of_product,
@@ -264,6 +272,7 @@ _MADE_OF = {
     torch.ops.aten.addmm.default: _addmm,
     torch.ops.aten.baddbmm.default: _baddbmm,
     torch.ops.aten.group_norm.default: _group_norm,
+    torch.ops.aten.native_layer_norm.default: _native_layer_norm,
 }
 
 
