@@ -77,13 +77,21 @@ class Trace:
         names = self.aliases(node)
         return sorted(
             {
-                self.module(user)
+                self._taken_in(user)
                 for other, name in self.parameters.items()
                 if name in names
                 for user in other.users
                 if user.op == "call_function"
             }
         )
+
+    def _taken_in(self, user: Node) -> str:
+        """Path of the module that an operation's operand is an attribute in: of an argument's mark,
+        the caller.
+        """  # fmt: skip
+        stack = self.module_stack(user)
+        passed = is_mark(user) and self.sites[user.args[1]].where == "input"  # type: ignore[index]
+        return ([""] + (stack[:-1] if passed else stack))[-1]
 
     def overlaps(self, node: Node) -> str | None:
         """The name of another view of the storage that a placeholder's tensor lies in."""
