@@ -708,15 +708,6 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
         **PAIR,
         **SPECIAL,
     ),
-    "transformers PhiMoE": hf(
-        "PhimoeModel",
-        "PhimoeConfig",
-        T,
-        num_local_experts=2,
-        num_key_value_heads=2,
-        **TEXT,
-        **SPECIAL,
-    ),
     "transformers PVTv2": hf(
         "PvtV2Model",
         "PvtV2Config",
