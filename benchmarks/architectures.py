@@ -5,6 +5,7 @@ Each entry builds a model and its inputs; where its package is missing that rais
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,18 @@ AUDIO = {
 }
 STABLE = AUDIO | {"do_stable_layer_norm": True, "feat_extract_norm": "layer"}
 
+MIXER = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_blocks": 2}
+#: A vision transformer of vit-pytorch.
+VIT_PYTORCH = {
+    "image_size": 32,
+    "patch_size": 8,
+    "num_classes": 10,
+    "dim": 32,
+    "depth": 2,
+    "heads": 2,
+    "mlp_dim": 64,
+}
+
 Built = tuple[torch.nn.Module, Any]
 
 
@@ -86,11 +99,62 @@ def tm(name: str, **settings: Any) -> Callable[[], Built]:
     return build
 
 
-def mixer() -> Built:
-    """MLP-Mixer of timm."""
-    from timm.models import MlpMixer
+def of_class(path: str, inputs: Any, **settings: Any) -> Callable[[], Built]:
+    """A model by the full name of its class."""
 
-    return MlpMixer(img_size=32, patch_size=8, embed_dim=48, num_blocks=2), (IMAGE,)
+    def build() -> Built:
+        module, _, name = path.rpartition(".")
+        made = getattr(importlib.import_module(module), name)
+        torch.manual_seed(0)
+        return made(**settings), inputs
+
+    return build
+
+
+def gmixer() -> Built:
+    """The gMixer of timm: a mixer with gates."""
+    from timm.layers import GluMlp
+
+    return of_class(
+        "timm.models.MlpMixer", (IMAGE,), mlp_ratio=(1.0, 4.0), mlp_layer=GluMlp, **MIXER
+    )()
+
+
+def gmlp() -> Built:
+    """The gMLP of timm."""
+    from timm.layers import GatedMlp
+    from timm.models.mlp_mixer import SpatialGatingBlock
+
+    return of_class(
+        "timm.models.MlpMixer",
+        (IMAGE,),
+        mlp_ratio=6,
+        block_layer=SpatialGatingBlock,
+        mlp_layer=GatedMlp,
+        **MIXER,
+    )()
+
+
+def mvit() -> Built:
+    """MViT v2 of torchvision, with pooled residuals."""
+    from torchvision.models.video import MViT
+    from torchvision.models.video.mvit import MSBlockConfig
+
+    kernel = [3, 3, 3]
+    blocks = [
+        MSBlockConfig(1, 16, 16, kernel, kernel, [1, 1, 1], [1, 2, 2]),
+        MSBlockConfig(2, 16, 32, kernel, kernel, [1, 2, 2], [1, 2, 2]),
+    ]
+    model = MViT(
+        (32, 32),
+        4,
+        blocks,
+        residual_pool=True,
+        residual_with_cls_embed=False,
+        rel_pos_embed=True,
+        proj_after_attn=True,
+    )
+    return model, (torch.randn(1, 3, 4, 32, 32),)
 
 
 def tv(name: str) -> Callable[[], Built]:
@@ -99,9 +163,16 @@ def tv(name: str) -> Callable[[], Built]:
     def build() -> Built:
         from torchvision import models
 
+        def conv_stem() -> list[Any]:
+            return [models.vision_transformer.ConvStemConfig(16, 3, 4)] * 2
+
         small = {
             "vit": lambda: models.VisionTransformer(32, 16, 2, 2, 48, 96),
+            "vit, stem": lambda: models.VisionTransformer(
+                32, 16, 2, 2, 48, 96, conv_stem_configs=conv_stem()
+            ),
             "swin": lambda: models.SwinTransformer([4, 4], 16, [1, 1], [2, 2], [4, 4]),
+            "maxvit": lambda: models.MaxVit((32, 32), 16, 2, [16, 16], [1, 1], 8, 0.0),
         }
         return small[name](), (IMAGE,)
 
@@ -420,7 +491,7 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
     ),
     "timm vit": tm("vit_tiny_patch16_224"),
     "timm deit3": tm("deit3_small_patch16_224"),
-    "timm mixer": mixer,
+    "timm mixer": of_class("timm.models.MlpMixer", (IMAGE,), **MIXER),
     "timm beit": tm("beit_base_patch16_224"),
     "timm eva02": tm("eva02_tiny_patch14_224", patch_size=8),
     "timm cait": tm("cait_xxs24_224"),
@@ -627,10 +698,147 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
     "timm vit, parallel": tm("vit_small_patch16_18x2_224"),
     "timm convit": tm("convit_tiny"),
     "timm flexivit": tm("flexivit_small"),
+    "transformers Pegasus-X": hf(
+        "PegasusXModel",
+        "PegasusXConfig",
+        {"input_ids": torch.arange(32).view(2, 16) + 5, "decoder_input_ids": IDS},
+        num_global_tokens=4,
+        block_size=8,
+        max_position_embeddings=32,
+        **PAIR,
+        **SPECIAL,
+    ),
+    "transformers PVTv2": hf(
+        "PvtV2Model",
+        "PvtV2Config",
+        PX,
+        hidden_sizes=[16] * 4,
+        depths=[1] * 4,
+        num_attention_heads=[1, 1, 2, 2],
+        image_size=32,
+    ),
+    "transformers GLPN": hf(
+        "GLPNModel",
+        "GLPNConfig",
+        PX,
+        hidden_sizes=[16] * 4,
+        depths=[1] * 4,
+        num_attention_heads=[1, 1, 2, 2],
+    ),
+    "transformers Hiera": hf(
+        "HieraModel",
+        "HieraConfig",
+        PX,
+        embed_dim=16,
+        image_size=[32, 32],
+        patch_size=[7, 7],
+        depths=[1, 1],
+        num_heads=[1, 2],
+        query_stride=[2, 2],
+        masked_unit_size=[2, 2],
+        num_query_pool=1,
+    ),
+    "transformers SigLIP2 vision": hf(
+        "Siglip2VisionModel",
+        "Siglip2VisionConfig",
+        {
+            "pixel_values": torch.randn(2, 16, 192),
+            "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
+            "spatial_shapes": torch.tensor([[4, 4], [4, 4]]),
+        },
+        num_patches=16,
+        **{k: v for k, v in VISION.items() if k != "image_size"},
+    ),
+    "transformers Idefics3 vision": hf(
+        "Idefics3VisionTransformer", "Idefics3VisionConfig", PX, **VISION
+    ),
+    "transformers CLIP vision with projection": hf(
+        "CLIPVisionModelWithProjection", "CLIPVisionConfig", PX, projection_dim=16, **VISION
+    ),
+    "transformers PatchTST Pre-LN": hf(
+        "PatchTSTModel",
+        "PatchTSTConfig",
+        {"past_values": torch.randn(2, 32, 3)},
+        num_input_channels=3,
+        context_length=32,
+        patch_length=8,
+        patch_stride=8,
+        d_model=32,
+        num_attention_heads=2,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        norm_type="layernorm",
+        pre_norm=True,
+    ),
+    "transformers Swin v2": hf(
+        "Swinv2Model",
+        "Swinv2Config",
+        PX,
+        image_size=32,
+        patch_size=4,
+        embed_dim=16,
+        depths=[1, 1],
+        num_heads=[2, 2],
+        window_size=4,
+    ),
+    "timm gmixer": gmixer,
+    "timm gmlp": gmlp,
+    "timm gcvit": of_class(
+        "timm.models.GlobalContextVit",
+        (torch.randn(2, 3, 64, 64),),
+        img_size=64,
+        window_size=4,
+        depths=(1, 1),
+        num_heads=(2, 2),
+        embed_dim=16,
+        num_classes=10,
+    ),
+    "timm volo": of_class(
+        "timm.models.VOLO",
+        (IMAGE,),
+        layers=[1, 1],
+        img_size=32,
+        patch_size=8,
+        embed_dims=[16, 32],
+        num_heads=[2, 2],
+        mlp_ratio=(3.0, 3.0),
+        downsamples=(True, False),
+        outlook_attention=(True, False),
+        post_layers=None,
+        num_classes=10,
+        use_mix_token=False,
+    ),
+    "timm tnt": of_class(
+        "timm.models.TNT",
+        (IMAGE,),
+        img_size=32,
+        patch_size=16,
+        embed_dim=48,
+        inner_dim=16,
+        depth=2,
+        num_heads_inner=2,
+        num_heads_outer=2,
+        num_classes=10,
+    ),
+    "timm vit, rotary with registers": tm("vit_betwixt_patch16_rope_reg4_gap_256"),
+    "torchvision vit, convolutional stem": tv("vit, stem"),
+    "torchvision maxvit": tv("maxvit"),
+    "torchvision mvit": mvit,
+    "vit-pytorch ViT": of_class("vit_pytorch.ViT", (IMAGE,), **VIT_PYTORCH),
+    "vit-pytorch SimpleViT": of_class("vit_pytorch.SimpleViT", (IMAGE,), **VIT_PYTORCH),
+    "vit-pytorch XCiT": of_class("vit_pytorch.xcit.XCiT", (IMAGE,), cls_depth=1, **VIT_PYTORCH),
+    "vit-pytorch DeepViT": of_class("vit_pytorch.deepvit.DeepViT", (IMAGE,), **VIT_PYTORCH),
+    "vit-pytorch CaiT": of_class("vit_pytorch.cait.CaiT", (IMAGE,), cls_depth=1, **VIT_PYTORCH),
     "nn.Transformer": pair,
     "nn.TransformerEncoder": encoder(),
     "nn.TransformerEncoder without a last norm": encoder(final=False),
 }
 
 #: Where the conversion is asked to keep some outputs alone.
-OUTPUTS = {"transformers CLIP vision, pooled": ("transformers CLIP vision", ["pooler_output"])}
+OUTPUTS = {
+    "transformers CLIP vision, pooled": ("transformers CLIP vision", ["pooler_output"]),
+    "transformers CLIP vision, projected": (
+        "transformers CLIP vision with projection",
+        ["image_embeds"],
+    ),
+}

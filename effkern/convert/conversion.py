@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from effkern.convert import check, structure, weights
+from effkern.convert.norms import with_inline_norms
 from effkern.convert.plan import Plan
 from effkern.convert.report import (
     Check,
@@ -24,6 +25,8 @@ from effkern.convert.trace import Trace, trace
 
 __all__ = ["Changes", "Conversion", "make", "prove", "report_of", "start"]
 
+
+_INLINE = "a layer norm is spelled out among the module's other operations, and stays"
 
 #: Parts of a model that a report names.
 _MOST_NAMED = 5
@@ -208,7 +211,8 @@ def report_of(
     report = ConversionReport(
         kind=kind,
         features=sorted({group.features for group in plan.converted}),
-        left=[Left(path, reason) for path, reason in plan.left.items()],
+        left=[Left(path, reason) for path, reason in plan.left.items()]
+        + [Left(path, _INLINE) for path in with_inline_norms(traced)],
         outputs=names,
         checks=checks,
     )

@@ -262,7 +262,7 @@ def _fold_into(trace: Trace, fold: Fold, new: dict[str, Tensor], old: Mapping[st
 
     features = fold.group.features
     scale = None if fold.weight is None else wide(fold.weight).clone()
-    shift = None if fold.bias is None else wide(fold.bias).clone()
+    shift = None if fold.bias is None else wide(fold.bias).flatten()
     done = set()
     for reader in fold.readers:
         if name(reader.weight) in done:

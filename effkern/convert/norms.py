@@ -9,11 +9,13 @@ from torch.fx import Node
 
 from effkern.convert.axes import Axis
 from effkern.convert.calls import arguments, name_of, shape_of
-from effkern.convert.spelled_out import match
+from effkern.convert.spelled_out import is_row, match
 from effkern.convert.states import Lost, Shift, State, sources
 from effkern.convert.trace import Trace, is_mark
 
-__all__ = ["Norm", "NormModule", "find_norms", "own_affine", "transfer_norm"]
+__all__ = ["Norm", "NormModule", "find_norms", "own_affine", "transfer_norm",
+    "with_inline_norms",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,21 @@ def _spelled_out(trace: Trace, work: dict[str, int]) -> list[NormModule]:
     return groups
 
 
+def with_inline_norms(trace: Trace) -> list[str]:
+    """Paths of the modules that spell out a layer norm among other operations of their own."""
+    done: set[Node] = set()
+    for norm in (norm for group in find_norms(trace) for norm in group.norms):
+        found = match(trace, norm.node)
+        done |= found.nodes if found else set()
+    paths = set()
+    for node in reversed(trace.graph.nodes):  # the affine belongs to the norm
+        found = None if node in done or is_mark(node) else match(trace, node)
+        if found is not None and found.value not in trace.parameters:
+            done |= found.nodes
+            paths.add(trace.module(node))
+    return sorted(paths)
+
+
 def _plain(trace: Trace, path: str, norms: list[Norm]) -> bool:
     """Whether each call of the module is layer_norm(its first argument, its weight, its bias)."""
     first = norms[0]
@@ -137,7 +154,7 @@ def _plain(trace: Trace, path: str, norms: list[Norm]) -> bool:
         if site.module != path or site.where != "input" or len(site.path) != 1:
             return False
         affine = norm.weight, norm.bias
-        if any(x is not None and shape_of(x) != (norm.features,) for x in affine):
+        if any(x is not None and not is_row(x, norm.features) for x in affine):
             return False
         if own_affine(trace, path, norm) != own_affine(trace, path, first):
             return False

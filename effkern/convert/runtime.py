@@ -33,11 +33,14 @@ class BiasedRMSNorm(torch.nn.RMSNorm):
 
     bias: Tensor | None
     affine_names = ("weight", "bias")
+    affine_has_ones = False  # whether weight and bias have leading dimensions of size one
     layer_norm_in_training = False  # see `training_form`
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``x / sqrt(mean(x^2) + eps) * weight + bias``, over the last dimension."""
         weight, bias = weight_and_bias(self, self.affine_names)
+        if self.affine_has_ones:
+            weight, bias = (None if entry is None else entry.flatten() for entry in (weight, bias))
         if self.training and self.layer_norm_in_training:
             eps = self.eps or 0.0
             return torch.nn.functional.layer_norm(x, self.normalized_shape, weight, bias, eps)
@@ -208,10 +211,6 @@ def _parameter(module: nn.Module, name: str) -> Tensor:
     return getattr(module.get_submodule(owner), last)
 
 
-_LAYER_NORMS = (torch.nn.functional.layer_norm, torch.layer_norm)
-_GROUP_NORMS = (torch.nn.functional.group_norm, torch.group_norm)
-
-
 class _RmsNormMode(TorchFunctionMode):
     def __init__(self, features: tuple[int, ...], known: list[Tensor], expand: bool) -> None:
         super().__init__()
@@ -221,12 +220,14 @@ class _RmsNormMode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _LAYER_NORMS or func in _GROUP_NORMS:
-            read = _layer_norm_arguments if func in _LAYER_NORMS else _group_norm_arguments
-            x, shape, weight, bias, eps = read(*args, **kwargs)
+        if func in _ARGUMENTS:
+            x, shape, weight, bias, eps = _ARGUMENTS[func](*args, **kwargs)
             if tuple(shape) in [(d,) for d in self.features] and self._is_meant(weight, bias):
                 rows = expanded(x) if self.expand else x
-                return affine_norm("rms_norm", rows, tuple(shape), weight, bias, eps)
+                y = affine_norm("rms_norm", rows, tuple(shape), weight, bias, eps)
+                if func is torch.native_layer_norm:  # it gives the statistics too
+                    return y, *func(rows, shape, weight, bias, eps)[1:]
+                return y
         return func(*args, **kwargs)
 
     def _is_meant(self, *affine: Tensor | None) -> bool:
@@ -256,3 +257,13 @@ def _group_norm_arguments(
     """Those of the layer norm that it is where it has one group and rows alone; else no shape."""
     rows = num_groups == 1 and input.dim() == 2
     return input, input.shape[1:] if rows else (), weight, bias, eps
+
+
+#: Functions that are layer norms, with what reads their arguments.
+_ARGUMENTS = {
+    torch.nn.functional.layer_norm: _layer_norm_arguments,
+    torch.layer_norm: _layer_norm_arguments,
+    torch.native_layer_norm: _layer_norm_arguments,
+    torch.nn.functional.group_norm: _group_norm_arguments,
+    torch.group_norm: _group_norm_arguments,
+}

@@ -9,7 +9,7 @@ from torch.fx import Node
 from effkern.convert.calls import arguments, name_of, shape_of
 from effkern.convert.trace import Trace
 
-__all__ = ["SpelledOut", "match"]
+__all__ = ["SpelledOut", "is_row", "match"]
 
 _CASTS = ("aten::to", "aten::_to_copy", "aten::type_as")
 _VIEWS = ("aten::view", "aten::reshape", "aten::unsqueeze", "aten::expand")
@@ -34,6 +34,12 @@ def match(trace: Trace, result: Node) -> SpelledOut | None:
         result: what the module's call gives.
     """
     return _Matcher(trace).read(result)
+
+
+def is_row(node: Node, features: int) -> bool:
+    """Whether a tensor has one entry for each feature, in its last dimension."""
+    *ones, last = shape_of(node) or (0,)
+    return last == features and all(size == 1 for size in ones)
 
 
 class _Matcher:
@@ -83,19 +89,19 @@ class _Matcher:
             pair = node.args[0], node.args[1]
             for own, rest in (pair, pair[::-1]):
                 parameter, views = self._row(own)
-                if parameter is not None:
+                if parameter is not None and shape_of(rest) == shape_of(node):
                     self.nodes |= {node, *views}
                     return parameter, rest
         return None, node
 
     def _row(self, node: Any) -> tuple[Node | None, list[Node]]:
-        """The parameter of one dimension that a value is, and the casts and views around it."""
+        """The parameter of one entry a feature that a value is, and the casts and views around."""
         around: list[Node] = []
         width = shape_of(node)[-1:]
         while isinstance(node, Node) and name_of(node) in _CASTS + _VIEWS:
             around.append(node)
             node = node.args[0]
-        if isinstance(node, Node) and node in self.trace.parameters and shape_of(node) == width:
+        if node in self.trace.parameters and width and is_row(node, width[0]):
             return node, around
         return None, []
 

@@ -120,6 +120,8 @@ def _swap(module: nn.Module, step: Step) -> Callable[[], None]:
     affine = step.get("affine")
     if affine:
         vars(module)["affine_names"] = affine.get("weight", "weight"), affine.get("bias", "bias")
+    if any(p is not None and p.dim() > 1 for p in module._parameters.values()):
+        vars(module)["affine_has_ones"] = True
     vars(module)["elementwise_affine"] = bool(affine) or module.weight is not None
     if step.get("folded"):
         module.__class__ = FoldedCRMSNorm

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,13 +77,21 @@ class Trace:
         names = self.aliases(node)
         return sorted(
             {
-                self.module(user)
+                self._taken_in(user)
                 for other, name in self.parameters.items()
                 if name in names
                 for user in other.users
                 if user.op == "call_function"
             }
         )
+
+    def _taken_in(self, user: Node) -> str:
+        """Path of the module that an operation's operand is an attribute in: of an argument's mark,
+        the caller.
+        """  # fmt: skip
+        stack = self.module_stack(user)
+        passed = is_mark(user) and self.sites[user.args[1]].where == "input"  # type: ignore[index]
+        return ([""] + (stack[:-1] if passed else stack))[-1]
 
     def overlaps(self, node: Node) -> str | None:
         """The name of another view of the storage that a placeholder's tensor lies in."""
@@ -255,6 +263,14 @@ def _group_norm(
     return NotImplemented
 
 
+def _native_layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    normal = torch.nn.functional.layer_norm(x, shape, weight, bias, eps)
+    variance, mean = torch.var_mean(x, tuple(range(-len(shape), 0)), correction=0, keepdim=True)
+    return normal, mean, torch.rsqrt(variance + eps)
+
+
 #: What several operations in one are made of; rules speak of those.
 _MADE_OF = {
     torch.ops.aten.addcmul.default: _sum_of_product,
@@ -264,6 +280,7 @@ _MADE_OF = {
     torch.ops.aten.addmm.default: _addmm,
     torch.ops.aten.baddbmm.default: _baddbmm,
     torch.ops.aten.group_norm.default: _group_norm,
+    torch.ops.aten.native_layer_norm.default: _native_layer_norm,
 }
 
 

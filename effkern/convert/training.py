@@ -193,6 +193,7 @@ class _Shadow:
         self.model, self.dropout = model, dropout
         self.entries: list[EditRecord | ScaleRecord] = []
         self.depth = 0
+        self.hidden: list[tuple[nn.Module, str]] = []  # what this one hides, and no call around it
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Let attributes hide the parameters of their names."""
@@ -200,6 +201,9 @@ class _Shadow:
         if self.depth > 1 or (module.training and self.dropout):
             return
         for entry in self.entries:
+            places = [(owner, n) for owner, n in self._owners(entry) if n not in vars(owner)]
+            if not places:
+                continue
             parameter = self._parameter(entry.names[0])
             if isinstance(entry, ScaleRecord):
                 value = torch.ones_like(parameter)
@@ -207,16 +211,17 @@ class _Shadow:
                 scale = self._parameter(entry.scale) if entry.scale else None
                 value = centred(scaled(parameter, entry.axis, entry.features, scale),
                                 entry.axis, entry.features)  # fmt: skip
-            for owner, name in self._owners(entry):
+            for owner, name in places:
                 vars(owner)[name] = value
+            self.hidden += places
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Let the parameters be seen again."""
         self.depth -= 1
         if self.depth == 0:
-            for entry in self.entries:
-                for owner, name in self._owners(entry):
-                    vars(owner).pop(name, None)
+            for owner, name in self.hidden:
+                vars(owner).pop(name, None)
+            self.hidden = []
 
     def _owners(self, entry: EditRecord | ScaleRecord) -> list[tuple[nn.Module, str]]:
         places = []

@@ -209,6 +209,43 @@ class SumsOverSize(OwnNames):
         return x * (variance + 1e-6).sqrt().reciprocal() * self.gamma + self.beta
 
 
+class LeadingOnes(OwnNames):
+    """The same with parameters that have the dimensions of a batch of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma, self.beta = (nn.Parameter(p.detach()[None, None]) for p in self.parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+        return (x - mean) / (variance + 1e-6).sqrt() * self.gamma + self.beta
+
+
+class Native(OwnNames):
+    """A module around the operation that gives the statistics too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_layer_norm(x, (D,), self.gamma, self.beta, 1e-4)[0]
+
+
+class NativeBlock(FunctionalBlock):
+    """The same as part of a block."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        return Block.branch(self, torch.native_layer_norm(x, (D,), self.scale, self.shift, 1e-4)[0])
+
+
+class InlineBlock(Block):
+    """Spells its norm out among its other operations."""
+
+    def __init__(self) -> None:
+        super().__init__(OwnNames())
+
+    def branch(self, x: Tensor) -> Tensor:
+        x = OwnNames.forward(self.norm, x)  # type: ignore[arg-type]
+        return self.down(F.gelu(self.up(x)))
+
+
 class Net(nn.Module):
     """Embedding, blocks, norm, head."""
 

@@ -20,7 +20,9 @@ from tests.convert.test_nets import NETS
 
 FOLDED: dict[str, int] = {
     "plain": 3, "without affine": 3, "without bias": 3, "tied": 2, "LayerScale": 3,
-    "functional": 2, "weight + 1": 2, "spelled out": 2, "shared block": 1,
+    "lerp and addcmul": 3, "one group": 2, "functional": 2, "weight + 1": 2, "spelled out": 2,
+    "spelled out with a variance": 2, "names of its own": 2, "mean of squares": 2,
+    "leading ones": 2, "native": 2, "shared block": 1,
     "behind an activation": 3, "rebuilt positions": 3, "positions in a buffer": 3, "patches": 2,
     "mixer": 3, "nn.TransformerEncoder": 4,
 }  # fmt: skip
@@ -30,7 +32,7 @@ def converted(model: nn.Module, inputs: Any, **options: Any) -> effkern.convert.
     return nets.converted(model, inputs, to_crmsnorm, **options)
 
 
-DEFAULT = ("tied", "functional", "mixer", "nn.TransformerEncoder")
+DEFAULT = ("tied", "functional", "leading ones", "native", "mixer", "nn.TransformerEncoder")
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,10 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Any, int, int, int]] = {
                          nets.tokens(), 2, 0, 0),
     "mean of squares": (lambda: Net(Block(nets.MeanOfSquares()), final=nets.SumsOverSize()),
                         nets.tokens(), 2, 0, 0),
+    "leading ones": (lambda: Net(Block(nets.LeadingOnes()), final=nets.LeadingOnes()),
+                     nets.tokens(), 2, 0, 0),
+    "native": (lambda: Net(Block(nets.Native()), nets.NativeBlock(), final=nets.Native()),
+               nets.tokens(), 3, 0, 0),
     "shared block": (lambda: Net(*[Block()] * 3), nets.tokens(), 4, 0, 0),
     "behind an activation": (nets.ActivationNet, nets.tokens(), 3, 0, 1),
     "rebuilt positions": (nets.RebuiltPositions, nets.tokens(), 3, 0, 1),
@@ -110,6 +114,12 @@ def test_a_norm_that_is_called_on_the_stream_and_on_its_own_result_stays() -> No
     result = converted(randomised(Pooled()), nets.tokens())
     assert [left.module for left in result.report.left] == ["norm"]
     assert len(result.report.swapped) == 2
+
+
+def test_a_norm_among_other_operations_stays_and_is_reported() -> None:
+    report = converted(randomised(Net(Block(), nets.InlineBlock())), nets.tokens()).report
+    assert [left.module for left in report.left] == ["blocks.1"]
+    assert "spelled out among" in str(report)
 
 
 def test_ids_may_decide_the_way_where_all_parameters_are_seen() -> None:

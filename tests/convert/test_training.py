@@ -32,12 +32,45 @@ class Attention(Block):
         return self.attention(y, y, y, need_weights=False)[0]
 
 
+class AddsQuery(nn.Module):
+    def __init__(self, query: nn.Parameter) -> None:
+        super().__init__()
+        self.query = query
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.query
+
+
+class Passed(Block):
+    """Passes a parameter of its own to its norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(16))
+
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        return super().branch(x) * self.up(self.norm(self.query))[:1].sigmoid()
+
+
+class ReadTwice(Passed):
+    """Reads it too, once a child that reads it has returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adds = AddsQuery(self.query)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.adds(x) + self.query)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": Net,
     "tied": lambda: Net(tied=True),
     "LayerScale": lambda: Net(nets.ScaledBlock(), Block()),
     "functional norm": lambda: Net(nets.FunctionalBlock(), Block()),
     "attention": lambda: Net(Attention(), Block()),
+    "parameter passed on": lambda: Net(Passed(), Block()),
+    "parameter read twice": lambda: Net(ReadTwice(), Block()),
     "dropout": lambda: Net(DropoutBlock(), nets.FunctionalBlock()),
     "patches": nets.Patches,
 }
