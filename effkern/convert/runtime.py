@@ -24,6 +24,9 @@ __all__ = [
     "recentre",
 ]
 
+# torch.fx goes into layers that are not PyTorch's own, and is not to go further.
+torch.fx.wrap("affine_norm")
+
 
 class BiasedRMSNorm(torch.nn.RMSNorm):
     """A layer norm that reads rows of zero mean: RMSNorm, plus the layer norm's bias.

@@ -15,6 +15,9 @@ __all__ = ["CRMSNorm", "LayerNorm", "RMSNorm"]
 
 Device = torch.device | str | int | None
 
+# torch.fx goes into layers that are not PyTorch's own, and is not to go further.
+torch.fx.wrap("affine_norm")
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """Drop-in for `torch.nn.RMSNorm`: same arguments, parameters, state_dict and result, one fused

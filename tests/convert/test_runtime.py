@@ -65,3 +65,8 @@ def test_in_bfloat16_it_is_rounded_once() -> None:
     exact = (wide + norm.bias.double()).bfloat16()
     # All but the rare value that float32 carries over the middle between two.
     assert (norm(x) != exact).float().mean() < 1e-3
+
+
+def test_torch_fx_stops_at_it() -> None:
+    norm, x = made(True, True), centred(5, 24)
+    assert torch.equal(torch.fx.symbolic_trace(norm)(x), norm(x))

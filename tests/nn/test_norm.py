@@ -139,3 +139,14 @@ def test_a_small_model_trains_alike() -> None:
         return losses
 
     assert train(effkern.nn.RMSNorm) == pytest.approx(train(torch.nn.RMSNorm), rel=1e-4)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_torch_fx_stops_at_it(grad: bool) -> None:
+    """As it does at PyTorch's own layers, where whole models are traced."""
+    layers = effkern.nn.LayerNorm(8), effkern.nn.RMSNorm(8)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), *layers)
+    x = torch.randn(3, 8)
+    with torch.set_grad_enabled(grad):
+        traced = pickle.loads(pickle.dumps(torch.fx.symbolic_trace(model)))
+        assert torch.equal(traced(x), model(x))
