@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effkern.backends.reference.norm_attention import attention, is_seen
+from effkern.backends.reference.norm_attention import attention, is_seen, restricted
 from effkern.ops._modes import without_autocast
 from effkern.ops.norm_attention import attend
 from effkern.ops.norm_attention_checks import check, check_mask
@@ -242,13 +242,7 @@ class NormSoftmaxAttention(nn.MultiheadAttention):
         dropout_p: float,
     ) -> tuple[Tensor, Tensor]:
         if seen is not None:
-            keys = seen[:, None, None, :]
-            if mask is None:
-                mask = keys
-            elif mask.dtype == torch.bool:
-                mask = mask & keys
-            else:
-                mask = torch.where(keys, mask, float("-inf"))
+            mask = restricted(mask, seen[:, None, None, :])
         scale = self.head_dim**-0.5
         tau = tau_of(self.tau, q)
         with without_autocast(q.device.type):

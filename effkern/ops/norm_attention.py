@@ -206,13 +206,7 @@ def _by_definition(
     numbers: tuple[bool, float, float | Tensor, float, float],
 ) -> Tensor:
     if key_mask is not None:
-        keys = key_mask[:, None, None, :]
-        if mask is None:
-            mask = keys
-        elif mask.dtype == torch.bool:
-            mask = mask & keys
-        else:
-            mask = torch.where(keys, mask, -math.inf)
+        mask = reference.restricted(mask, key_mask[:, None, None, :])
     if k.numel() and not transforms_are_active():
         # Which scores do not depend on, but for a constant in each row.
         seen, causal = reference.seen_by_any(mask, k), numbers[0]

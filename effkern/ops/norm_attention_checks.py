@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effkern.backends.reference.norm_attention import is_seen, with_causal
+from effkern.backends.reference.norm_attention import is_seen, restricted, with_causal
 from effkern.ops.norm_checks import check_kind
 from effkern.ops.norm_softmax_checks import check_eps, check_tau
 
@@ -207,16 +207,11 @@ def read_mask(mask: Tensor | None, keys: Tensor | None, causal: bool, q: Tensor,
         seen = is_seen(mask.detach())
         if mask.shape[-2] == 1:
             of_keys = seen[..., 0, :] if of_keys is None else of_keys & seen[..., 0, :]
-            if mask.dtype == torch.bool:
-                for_softmax = of_keys[..., None, :]
-            else:
-                for_softmax = torch.where(of_keys[..., None, :], mask, float("-inf"))
-        elif for_softmax is None:
-            general = for_softmax = mask
-        elif mask.dtype == torch.bool:
-            general = for_softmax = mask & for_softmax
+            for_softmax = of_keys[..., None, :]
+            if mask.dtype != torch.bool:
+                for_softmax = restricted(mask, for_softmax)
         else:
-            general = for_softmax = torch.where(for_softmax, mask, float("-inf"))
+            general = for_softmax = mask if for_softmax is None else restricted(mask, for_softmax)
         if general is not None:
             of_keys = None
     if for_softmax is not None and causal:

@@ -48,11 +48,16 @@ def with_causal(mask: Tensor | None, causal: bool, rows: int, keys: int, like: T
     if not causal:
         return mask
     earlier = torch.ones(rows, keys, dtype=torch.bool, device=like.device).tril()
+    return restricted(mask, earlier)
+
+
+def restricted(mask: Tensor | None, seen: Tensor) -> Tensor:
+    """One mask that hides what ``mask`` does and what the boolean ``seen`` does."""
     if mask is None:
-        return earlier
+        return seen
     if mask.dtype == torch.bool:
-        return mask & earlier
-    return torch.where(earlier, mask, -math.inf)
+        return mask & seen
+    return torch.where(seen, mask, -math.inf)
 
 
 def attention(
