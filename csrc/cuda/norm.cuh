@@ -59,12 +59,10 @@ struct Parameters {
   }
 };
 
-// The numbers kept of a row, if any are: where there are two, all rows' first ones stand before the
-// others.
+// The numbers kept of a row: where there are two, all rows' first ones stand before the others.
 template <class N, class S>
 __device__ __forceinline__ void store_kept(S* statistics, int64_t rows, int64_t row,
                                            NormRow<S> kept) {
-  if (!statistics) return;
   if constexpr (N::kNumbers == 2) store(statistics + row, kept.first);
   store(statistics + (N::kNumbers - 1) * rows + row, kept.rstd);
 }

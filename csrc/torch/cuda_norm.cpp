@@ -6,8 +6,16 @@
 namespace effkern {
 namespace {
 
-void forward(const NormForward& task, Device device) {
+void forward(const NormForward& wanted, Device device) {
   const CudaDevice current(device);
+  NormForward task = wanted;
+  std::optional<Tensor> unwanted;
+  if (!task.statistics) {
+    // The kernels write them always: to ask costs a register that the longest rows do not have.
+    const int64_t numbers = numbers_of(task.norm) * task.rows;
+    unwanted = empty_bytes(numbers * size_of(accumulation_of(task.dtype)), device);
+    task.statistics = unwanted->mutable_data_ptr();
+  }
   cuda::norm_forward(task, current.stream());
 }
 
