@@ -166,10 +166,16 @@ def _attend(
     elif causal and q.shape[-2] <= FEW_KEYS:
         y = _by_definition(*_first(q, k, v, mask, key_mask), numbers)
     else:
-        y = _without_scores(q, k, v, mask, key_mask, gqa, *numbers)
+        firsts = None
         if causal and FEW_KEYS:
-            first = _by_definition(*_first(q, k, v, mask, key_mask), numbers)
-            y = _with_first(first, y)
+            firsts = _first(q, k, v, mask, key_mask)
+            if all(map(may_be_looked_at, (q, k, v))):
+                pairs = [AndItsFirstRows.apply(t, FEW_KEYS) for t in (q, k, v)]
+                (q, k, v), first_rows = zip(*pairs, strict=True)
+                firsts = *first_rows, *firsts[3:]
+        y = _without_scores(q, k, v, mask, key_mask, gqa, *numbers)
+        if firsts is not None:
+            y = _with_first(_by_definition(*firsts, numbers), y)
     return y if y.shape[:-2] == leading else y.reshape(*leading, *y.shape[-2:])
 
 
@@ -190,11 +196,56 @@ def _first(
 
 
 def _with_first(first: Tensor, y: Tensor) -> Tensor:
-    """Y with other first rows: in its own memory where no backward pass will need it as it is."""
-    if y.requires_grad or not may_be_looked_at(y):
+    """Y with other first rows: in its own memory, for fresh memory costs as much as the rows."""
+    if not may_be_looked_at(y):
         return torch.cat((first, y[..., first.shape[-2] :, :]), -2)
-    y[..., : first.shape[-2], :] = first
-    return y
+    # PyTorch's backward pass multiplies y by its gradient, which is zero in these rows.
+    with torch.autograd._unsafe_preserve_version_counter(y):
+        return FirstRows.apply(y, first)
+
+
+class FirstRows(torch.autograd.Function):
+    """`_with_first` in place, for autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, first: Tensor) -> Tensor:
+        """Write the rows."""
+        ctx.rows = first.shape[-2]
+        y[..., : ctx.rows, :] = first
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's gradient goes where the row came from."""
+        of_y = grad.clone()
+        of_y[..., : ctx.rows, :] = 0
+        return of_y, grad[..., : ctx.rows, :]
+
+
+class AndItsFirstRows(torch.autograd.Function):
+    """A tensor and a copy of its first rows, whose gradient is added in place: that of a slice is
+    a fresh tensor as large as the whole.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Copy the rows."""
+        ctx.set_materialize_grads(False)
+        ctx.shape = x.shape
+        return x.view_as(x), x[..., :rows, :].clone()
+
+    @staticmethod
+    def backward(ctx: Any, of_x: Tensor | None, of_first: Tensor | None) -> tuple[Any, None]:
+        """Both gradients together. Nobody else holds the first: it is of `_without_scores`."""
+        if of_first is None:
+            return of_x, None
+        if of_x is None:
+            of_x = of_first.new_zeros(ctx.shape)
+        elif torch.is_grad_enabled():
+            of_x = of_x.clone()
+        of_x[..., : of_first.shape[-2], :] += of_first
+        return of_x, None
 
 
 def _by_definition(

@@ -80,6 +80,26 @@ def test_all_rows_of_causal_attention_together(backend: Backend, keys: int, grou
         torch.testing.assert_close(*found)
 
 
+def test_a_causal_result_changed_in_place_is_noticed() -> None:
+    """As of PyTorch's attention, whose backward pass needs it."""
+    tensors = [torch.randn(1, 2, 70, 16, requires_grad=True) for _ in range(3)]
+    y = norm_softmax_attention(*tensors, is_causal=True).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_causal_gradients_leave_those_that_come_alone() -> None:
+    x = torch.randn(1, 2, 70, 16, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn_like(x)
+    given = grad.clone()
+    found = [
+        torch.autograd.grad(f(x, x, x, is_causal=True), x, grad)[0]
+        for f in (norm_softmax_attention, attention)
+    ]
+    torch.testing.assert_close(*found)
+    assert torch.equal(grad, given)
+
+
 def test_causal_inference() -> None:
     tensors = [torch.randn(1, 2, 70, 16, requires_grad=True) for _ in range(3)]
     y = norm_softmax_attention(*tensors, is_causal=True)
