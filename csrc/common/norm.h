@@ -28,7 +28,7 @@ struct NormForward {
   const void* bias;    // the same; null without a weight
   void* y;             // contiguous rows x features
   void* total;         // contiguous rows x features; null without a residual
-  void* statistics;    // numbers_of(norm) x rows, in the accumulation type; null: not wanted
+  void* statistics;    // numbers_of(norm) x rows, in the accumulation type; null: not wanted (CPU)
   int64_t rows, features;
   double eps;
 };
