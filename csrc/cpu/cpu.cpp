@@ -83,6 +83,19 @@ void norm_attention_backward(const NormAttentionBackward& args, ParallelFor para
              [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end); });
 }
 
+void attention_by_scores_forward(const AttentionByScoresForward& args, ParallelFor parallel_for) {
+  const AttentionByScoresKernels& kernels = chosen_kernels().attention_by_scores;
+  const int64_t stretches = (args.rows + kAttentionRows - 1) / kAttentionRows;
+  in_threads(parallel_for, args.batch * args.heads * stretches, 1,
+             [&](int64_t begin, int64_t end) { kernels.forward(args, begin, end); });
+}
+
+void attention_by_scores_backward(const AttentionByScoresBackward& args, ParallelFor parallel_for) {
+  const AttentionByScoresKernels& kernels = chosen_kernels().attention_by_scores;
+  in_threads(parallel_for, args.batch * args.key_heads, 1,
+             [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end); });
+}
+
 void bandwidth(const BandwidthTask& task, int64_t elements, ParallelFor parallel_for) {
   const Kernels& kernels = chosen_kernels();
   // Counted in stretches of 64 elements, so that every thread's begins on a cache line.

@@ -51,6 +51,8 @@ void norm_softmax_cross_entropy(const NormSoftmaxCrossEntropyTask& task, Paralle
 // A thread does whole heads of keys, with all heads of queries that go with them.
 void norm_attention_forward(const NormAttentionForward& args, ParallelFor parallel_for);
 void norm_attention_backward(const NormAttentionBackward& args, ParallelFor parallel_for);
+void attention_by_scores_forward(const AttentionByScoresForward& args, ParallelFor parallel_for);
+void attention_by_scores_backward(const AttentionByScoresBackward& args, ParallelFor parallel_for);
 
 // One step of a rule over all tensors of a table; their step counters have been increased.
 #define EFFKERN_DECLARE(Rule, name) \

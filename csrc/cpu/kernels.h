@@ -52,6 +52,15 @@ struct NormAttentionKernels {
   void (*forward)(const NormAttentionForward&, int64_t begin, int64_t end);
   void (*backward)(const NormAttentionBackward&, int64_t begin, int64_t end);
 };
+// The rows of a head that a thread takes together.
+constexpr int64_t kAttentionRows = 192;
+
+struct AttentionByScoresKernels {
+  // Stretches of kAttentionRows rows are counted through the heads.
+  void (*forward)(const AttentionByScoresForward&, int64_t begin, int64_t end);
+  // Heads of keys are counted through the batch.
+  void (*backward)(const AttentionByScoresBackward&, int64_t begin, int64_t end);
+};
 struct Kernels {
   const char* isa;
   NormKernels norms[kNorms];  // by Norm
@@ -59,6 +68,7 @@ struct Kernels {
   void (*norm_softmax_cross_entropy)(const NormSoftmaxCrossEntropyTask&, int64_t begin,
                                      int64_t end);
   NormAttentionKernels norm_attention;
+  AttentionByScoresKernels attention_by_scores;
   // One step of a rule. Elements are counted through all tensors, in the table's order.
 #define EFFKERN_MEMBER_OF(Rule, name) \
   void (*name)(const StepTask&, const Rule&, int64_t begin, int64_t end);

@@ -1,5 +1,5 @@
 // The kernel op of NormSoftmax's cross-entropy for CPU tensors.
-#include "torch/advise.h"
+#include "common/advise.h"
 #include "torch/cpu.h"
 #include "torch/cross_entropy.h"
 

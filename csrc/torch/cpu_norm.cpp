@@ -1,5 +1,5 @@
 // The norms' kernel ops for CPU tensors.
-#include "torch/advise.h"
+#include "common/advise.h"
 #include "torch/cpu.h"
 #include "torch/norm.h"
 

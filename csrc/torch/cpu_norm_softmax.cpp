@@ -1,5 +1,5 @@
 // The kernel ops of NormSoftmax for CPU tensors.
-#include "torch/advise.h"
+#include "common/advise.h"
 #include "torch/cpu.h"
 #include "torch/norm_softmax.h"
 

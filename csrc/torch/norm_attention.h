@@ -11,13 +11,11 @@ namespace effkern {
 // Checked arguments; the tensors keep memory alive.
 struct AttentionCall {
   Rows q, k;
-  OptionalTensor seen;
   Device device;
 
   // Fills in `task`. `tau` must outlive the call.
-  AttentionCall(NormAttentionTask& task, const Tensor& q_given, const Tensor& k_given,
-                const OptionalTensor& seen_given, const Tensor& tau, double eps, double scale,
-                bool causal)
+  AttentionCall(AttentionTask& task, const Tensor& q_given, const Tensor& k_given,
+                const Tensor& tau, double eps, double scale, bool causal)
       : q(four(q_given, "q")), k(four(k_given, "k")), device(device_of(q_given)) {
     task.dtype = dtype_of(q_given, "q");
     const auto qs = q_given.sizes(), ks = k_given.sizes();
@@ -31,8 +29,6 @@ struct AttentionCall {
     task.key_heads = ks[1], task.keys = ks[2];
     task.q = q.data(), task.q_rows = q.layout;
     task.k = k.data(), task.k_rows = k.layout;
-    task.seen = nullptr;
-    if (seen_given) set_seen(task, *seen_given);
     STD_TORCH_CHECK(tau.numel() == 1 && dtype_of(tau, "tau") == accumulation_of(task.dtype) &&
                         device_of(tau) == device,
                     "tau must be one number of the accumulation type on q's device");
@@ -44,6 +40,24 @@ struct AttentionCall {
     STD_TORCH_CHECK(tensor.sizes().size() == 4, name, " has shape ", text_of(tensor.sizes()),
                     "; it must have 4 dimensions");
     return rows_of(tensor, 1);
+  }
+
+  // A new tensor of the shape and dtype of another.
+  Tensor like(const Tensor& tensor) const {
+    return empty(tensor.sizes().data(), 4, dtype_of(tensor, "input"), device);
+  }
+};
+
+// The same for the division of the queries.
+struct DivisionCall : AttentionCall {
+  OptionalTensor seen;
+
+  DivisionCall(NormAttentionTask& task, const Tensor& q_given, const Tensor& k_given,
+               const OptionalTensor& seen_given, const Tensor& tau, double eps, double scale,
+               bool causal)
+      : AttentionCall(task, q_given, k_given, tau, eps, scale, causal) {
+    task.seen = nullptr;
+    if (seen_given) set_seen(task, *seen_given);
   }
 
  private:
@@ -72,8 +86,8 @@ struct NormAttentionOps {
                                                     const OptionalTensor& seen, const Tensor& tau,
                                                     double eps, double scale, bool causal) {
     NormAttentionForward task;
-    const AttentionCall call(task, q, k, seen, tau, eps, scale, causal);
-    Tensor scaled = like(q, task.dtype, call.device);
+    const DivisionCall call(task, q, k, seen, tau, eps, scale, causal);
+    Tensor scaled = call.like(q);
     const int64_t sizes[] = {task.batch, task.key_heads, 1, task.features};
     Tensor offset = empty(sizes, 4, task.dtype, call.device);
     Tensor deviation = empty(q.sizes().data(), 3, accumulation_of(task.dtype), call.device);
@@ -90,7 +104,7 @@ struct NormAttentionOps {
                                                      const Tensor& deviation, const Tensor& tau,
                                                      double eps, double scale, bool causal) {
     NormAttentionBackward task;
-    const AttentionCall call(task, q, k, seen, tau, eps, scale, causal);
+    const DivisionCall call(task, q, k, seen, tau, eps, scale, causal);
     check_like(grad_q, "grad_q", q, "q");
     const Rows grad_q_rows = AttentionCall::four(grad_q, "grad_q");
     task.grad_q = grad_q_rows.data(), task.grad_q_rows = grad_q_rows.layout;
@@ -107,7 +121,7 @@ struct NormAttentionOps {
                     "deviation must be what the forward returned for q");
     const Tensor deviations = torch::stable::contiguous(deviation);
     task.deviation = deviations.const_data_ptr();
-    Tensor of_q = like(q, task.dtype, call.device), of_k = like(k, task.dtype, call.device);
+    Tensor of_q = call.like(q), of_k = call.like(k);
     Tensor of_divisor = empty(q.sizes().data(), 3, accumulation_of(task.dtype), call.device);
     task.of_q = of_q.mutable_data_ptr();
     task.of_k = of_k.mutable_data_ptr();
@@ -118,11 +132,6 @@ struct NormAttentionOps {
       torch::stable::zero_(of_divisor);
     }
     return {std::move(of_q), std::move(of_k), std::move(of_divisor)};
-  }
-
- private:
-  static Tensor like(const Tensor& tensor, DType dtype, Device device) {
-    return empty(tensor.sizes().data(), 4, dtype, device);
   }
 };
 

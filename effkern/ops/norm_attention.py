@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effkern.backends.reference import norm_attention as reference
 from effkern.backends.reference.dtypes import accumulation_dtype
+from effkern.backends.reference.norm_attention import restricted
 from effkern.ops._declare import Family, declare
 from effkern.ops._modes import autocast_is_on, may_be_looked_at, transforms_are_active
+from effkern.ops.attention_by_scores import attention_by_scores
 from effkern.ops.norm_attention_checks import Seen, check, in_four_dimensions, read_mask
 from effkern.ops.norm_softmax import norm_softmax
 from effkern.ops.norm_softmax_checks import tau_of
@@ -159,93 +161,58 @@ def _attend(
         scale = 1 / math.sqrt(features) if features else 1.0
     tau = tau_of(tau, q)
     q, k, v, mask, leading = in_four_dimensions(q, k, v, mask, gqa)
-    numbers = causal, scale, tau, eps, dropout_p
-    # torch.func differentiates and maps the definition, to any order and in forward mode.
-    if k.shape[-2] <= FEW_KEYS or transforms_are_active():
-        y = _by_definition(q, k, v, mask, key_mask, numbers)
-    elif causal and q.shape[-2] <= FEW_KEYS:
-        y = _by_definition(*_first(q, k, v, mask, key_mask), numbers)
+    how = _Numbers(causal, scale, tau, eps, dropout_p)
+    if transforms_are_active():
+        y = _by_definition(q, k, v, mask, key_mask, how)
+    elif q.numel() and k.numel() and _scores_suit(q, k, mask):
+        y = _by_scores(q, k, v, mask, key_mask, how)
     else:
-        firsts = None
-        if causal and FEW_KEYS:
-            firsts = _first(q, k, v, mask, key_mask)
-            if all(map(may_be_looked_at, (q, k, v))):
-                pairs = [AndItsFirstRows.apply(t, FEW_KEYS) for t in (q, k, v)]
-                (q, k, v), first_rows = zip(*pairs, strict=True)
-                firsts = *first_rows, *firsts[3:]
-        y = _without_scores(q, k, v, mask, key_mask, gqa, *numbers)
-        if firsts is not None:
-            y = _with_first(_by_definition(*firsts, numbers), y)
+        y = _without_scores(q, k, v, mask, key_mask, gqa, how)
     return y if y.shape[:-2] == leading else y.reshape(*leading, *y.shape[-2:])
 
 
-#: So many keys, or fewer, are few.
-FEW_KEYS = 32
+class _Numbers(NamedTuple):
+    causal: bool
+    scale: float
+    tau: float | Tensor
+    eps: float
+    dropout_p: float
 
 
-def _first(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """What causal attention needs for its first rows, which see no more keys than they are."""
-    rows = min(q.shape[-2], FEW_KEYS)
-    if mask is not None:
-        for dim in (-2, -1):
-            mask = mask.narrow(dim, 0, min(mask.shape[dim], rows))
-    q, k, v = (t[..., :rows, :] for t in (q, k, v))
-    return q, k, v, mask, None if key_mask is None else key_mask[:, :rows]
+#: Keys of which one kernel on the CPU does the whole of attention: of more, what a block of rows
+#: reads of them is far from the caches.
+MOST_KEYS = 4096
 
 
-def _with_first(first: Tensor, y: Tensor) -> Tensor:
-    """Y with other first rows: in its own memory, for fresh memory costs as much as the rows."""
-    if not may_be_looked_at(y):
-        return torch.cat((first, y[..., first.shape[-2] :, :]), -2)
-    # PyTorch's backward pass multiplies y by its gradient, which is zero in these rows.
-    with torch.autograd._unsafe_preserve_version_counter(y):
-        return FirstRows.apply(y, first)
+def _scores_suit(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+    """Whether attention goes by its scores, some rows at a time, and not by divided queries.
 
-
-class FirstRows(torch.autograd.Function):
-    """`_with_first` in place, for autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, first: Tensor) -> Tensor:
-        """Write the rows."""
-        ctx.rows = first.shape[-2]
-        y[..., : ctx.rows, :] = first
-        ctx.mark_dirty(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's gradient goes where the row came from."""
-        of_y = grad.clone()
-        of_y[..., : ctx.rows, :] = 0
-        return of_y, grad[..., : ctx.rows, :]
-
-
-class AndItsFirstRows(torch.autograd.Function):
-    """A tensor and a copy of its first rows, whose gradient is added in place: that of a slice is
-    a fresh tensor as large as the whole.
+    It must where a mask tells rows apart, or few keys are seen by all; it is less work where there
+    are few rows; and on the CPU there is a kernel that is as fast as PyTorch's attention. Of 16 bits
+    PyTorch's is faster where the machine has products of them.
     """
+    if mask is not None and mask.shape[-2] > 1 and mask.stride(-2) != 0:
+        return True
+    if k.shape[-2] <= FEW_KEYS or 2 * q.shape[-2] < q.shape[-1]:
+        return True
+    return q.is_cpu and q.dtype in (torch.float32, torch.float64) and k.shape[-2] <= MOST_KEYS
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Copy the rows."""
-        ctx.set_materialize_grads(False)
-        ctx.shape = x.shape
-        return x.view_as(x), x[..., :rows, :].clone()
 
-    @staticmethod
-    def backward(ctx: Any, of_x: Tensor | None, of_first: Tensor | None) -> tuple[Any, None]:
-        """Both gradients together. Nobody else holds the first: it is of `_without_scores`."""
-        if of_first is None:
-            return of_x, None
-        if of_x is None:
-            of_x = of_first.new_zeros(ctx.shape)
-        elif torch.is_grad_enabled():
-            of_x = of_x.clone()
-        of_x[..., : of_first.shape[-2], :] += of_first
-        return of_x, None
+def _by_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    how: _Numbers,
+) -> Tensor:
+    """With dropout, or a mask with a gradient, all scores are held, as in PyTorch."""
+    wants_mask = mask is not None and mask.requires_grad and torch.is_grad_enabled()
+    if how.dropout_p > 0 or wants_mask:
+        return _by_definition(q, k, v, mask, key_mask, how)
+    if key_mask is not None:
+        mask = restricted(mask, key_mask[:, None, None, :])
+    return attention_by_scores(q, k, v, mask, how.causal, how.scale, how.tau, how.eps)
 
 
 def _by_definition(
@@ -254,22 +221,21 @@ def _by_definition(
     v: Tensor,
     mask: Tensor | None,
     key_mask: Tensor | None,
-    numbers: tuple[bool, float, float | Tensor, float, float],
+    how: _Numbers,
 ) -> Tensor:
     if key_mask is not None:
-        mask = reference.restricted(mask, key_mask[:, None, None, :])
-    if k.numel() and not transforms_are_active():
-        # Which scores do not depend on, but for a constant in each row.
-        seen, causal = reference.seen_by_any(mask, k), numbers[0]
-        k = k.to(accumulation_dtype(k.dtype)) - reference.offset(k.detach(), seen, causal)
+        mask = restricted(mask, key_mask[:, None, None, :])
     k, v = (t.repeat_interleave(q.shape[1] // max(t.shape[1], 1), 1) for t in (k, v))
-    return reference.attention(q, k, v, mask, *numbers, softmax=_norm_softmax)[0]
+    return reference.attention(q, k, v, mask, *how, softmax=_norm_softmax)[0]
 
 
 def _norm_softmax(
     x: Tensor, mask: Tensor | None, tau: float | Tensor, eps: float, dim: int
 ) -> Tensor:
     return norm_softmax(x, dim, tau=tau, eps=eps, mask=mask)
+
+
+# ---- without scores ----
 
 
 def _without_scores(
@@ -279,24 +245,22 @@ def _without_scores(
     mask: Tensor | None,
     key_mask: Tensor | None,
     gqa: bool,
-    causal: bool,
-    scale: float,
-    tau: float | Tensor,
-    eps: float,
-    dropout_p: float,
+    how: _Numbers,
 ) -> Tensor:
+    causal, scale, tau, eps, dropout_p = how
     seen = read_mask(mask, key_mask, causal, q, k)
+    scaled, shifted = q, k
     if q.numel() and k.numel():
         if seen.keys is not None and seen.keys.shape[1] not in (1, k.shape[1]):
-            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        q, k = divide(q, k, seen, scale, tau, eps)
+            k = shifted = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        scaled, shifted = divide(q, k, seen, scale, tau, eps)
     if scale <= 0:  # PyTorch's kernels multiply what a mask hides by it
-        q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
+        scaled, scale = scaled * (-1 if scale < 0 else 0), -scale or 1.0
     for_softmax = _as_kernels_read_it(seen.for_softmax, q)
     with _trusted_kernels(q, k, v):
         y = F.scaled_dot_product_attention(
-            q,
-            k,
+            scaled,
+            shifted,
             v,
             attn_mask=for_softmax,
             dropout_p=dropout_p,
@@ -304,7 +268,64 @@ def _without_scores(
             scale=scale,
             enable_gqa=gqa,
         )
-    return y if seen.some is None else torch.where(seen.some, y, 0)
+    if seen.some is not None:
+        y = torch.where(seen.some, y, 0)
+    if FEW_KEYS and q.numel() and k.numel() and (causal or seen.keys is not None):
+        y = _with_rows_that_see_few(y, q, k, v, mask, seen, how)
+    return y
+
+
+#: So many keys, or fewer, are few: a query is often all but orthogonal to the differences of two,
+#: and dividing it magnifies the rounding of all that is not along them. From four keys on it was as
+#: accurate as the definition.
+FEW_KEYS = 8
+
+
+def _with_rows_that_see_few(
+    y: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seen: Seen, how: _Numbers
+) -> Tensor:
+    """Y with its rows that see few keys by their scores with those, which come before all others
+    that any row of their batch and head sees.
+    """
+    rows = q.shape[-2]
+    if seen.keys is None:
+        first = min(rows, FEW_KEYS)
+        few = _by_scores(*(t[..., :first, :] for t in (q, k, v)), None, None, how)
+        return torch.cat((few, y[..., first:, :]), -2)
+    count = _count(seen.keys, rows, seen.causal)
+    if may_be_looked_at(count):
+        is_few = (count <= FEW_KEYS).flatten(0, -2).any(0).nonzero()
+        if not is_few.numel():
+            return y
+        rows = int(is_few[-1]) + 1 if seen.causal else rows
+    few_keys = min(FEW_KEYS, k.shape[-2])
+    place = torch.sort(~seen.keys, dim=-1, stable=True).indices[..., :few_keys]
+    number = torch.arange(few_keys, device=q.device)
+    few_mask = (number < seen.keys.sum(-1, keepdim=True))[..., None, :]
+    if seen.causal:
+        few_mask = few_mask & (place[..., None, :] <= torch.arange(rows, device=q.device)[:, None])
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask[..., :1, :].expand(*seen.keys.shape[:2], 1, -1)
+        few_mask = restricted(mask.gather(-1, place[..., None, :]), few_mask)
+    k, v = (_at(t, place, q.shape[1]) for t in (k, v))
+    few = _by_scores(q[..., :rows, :], k, v, few_mask, None, how._replace(causal=False))
+    few = torch.where(count[..., :rows, None] <= FEW_KEYS, few, y[..., :rows, :])
+    return few if rows == y.shape[-2] else torch.cat((few, y[..., rows:, :]), -2)
+
+
+def _count(keys: Tensor, rows: int, causal: bool) -> Tensor:
+    """How many of the keys that may be seen each row sees, shape (B or 1, H or 1, L or 1)."""
+    if not causal:
+        return keys.sum(-1, keepdim=True)
+    return F.pad(keys, (0, max(0, rows - keys.shape[-1])))[..., :rows].cumsum(-1)
+
+
+def _at(x: Tensor, place: Tensor, heads: int) -> Tensor:
+    """Keys or values at places of shape (B or 1, H or 1, few)."""
+    if place.shape[1] not in (1, x.shape[1]):
+        x = x.repeat_interleave(heads // x.shape[1], 1)
+    index = place[..., None].expand(*x.shape[:2], place.shape[-1], x.shape[-1])
+    return x.gather(-2, index)
 
 
 def _as_kernels_read_it(mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -338,11 +359,7 @@ def divide(
         tau = tau.to(acc)
     else:
         tau = torch.full((), tau, dtype=acc, device=q.device)
-    by_scores = seen.mask is not None or 2 * q.shape[-2] < q.shape[-1]
-    mask = seen.mask if seen.mask is not None else seen.keys
-    if by_scores and seen.mask is None and mask is not None:
-        mask = mask[..., None, :]
-    scaled, shifted = DividedQueries.apply(by_scores, q, k, mask, tau, eps, scale, seen.causal)
+    scaled, shifted = DividedQueries.apply(q, k, seen.keys, tau, eps, scale, seen.causal)
     return scaled, shifted
 
 
@@ -352,49 +369,47 @@ class DividedQueries(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        by_scores: bool,
         q: Tensor,
         k: Tensor,
-        mask: Tensor | None,
+        seen: Tensor | None,
         tau: Tensor,
         eps: float,
         scale: float,
         causal: bool,
     ) -> tuple[Tensor, Tensor]:
-        """See `reference.norm_attention.forward`, or for ``by_scores`` its `masked_forward`."""
-        forward, backward = (BY_SCORES if by_scores else KERNELS)(q)
-        scaled, offset, deviation = forward(q, k, mask, tau, eps, scale, causal)
+        """See `reference.norm_attention.forward`."""
+        forward, backward = KERNELS(q)
+        scaled, offset, deviation = forward(q, k, seen, tau, eps, scale, causal)
         # A copy of the keys is spared where a look is free, and there is nothing to take off.
         shifted = k if may_be_looked_at(k) and not offset.any() else k - offset
-        ctx.call = backward, by_scores, eps, scale, causal
-        ctx.save_for_backward(q, k, mask, tau, deviation)
+        ctx.call = backward, eps, scale, causal
+        ctx.save_for_backward(q, k, seen, tau, deviation)
         ctx.set_materialize_grads(False)
         return scaled, shifted
 
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | None) -> tuple[Any, ...]:
         """See `reference.norm_attention.backward`."""
-        q, k, mask, tau, deviation = ctx.saved_tensors
-        kernel, by_scores, eps, scale, causal = ctx.call
+        q, k, seen, tau, deviation = ctx.saved_tensors
+        kernel, eps, scale, causal = ctx.call
         if grad_q is None:
             grad_q = torch.zeros_like(q)
-        _, wants_q, wants_k, _, wants_tau, *_ = ctx.needs_input_grad
+        wants_q, wants_k, _, wants_tau, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            if mask is not None and not by_scores:
-                mask = mask[..., None, :]
+            mask = None if seen is None else seen[..., None, :]
             of_q, of_k, of_tau = _twice_differentiable(
                 (wants_q, wants_k, wants_tau), grad_q, grad_k, q, k, mask, causal, scale, tau, eps
             )
         else:
             of_q, of_k, of_divisor = kernel(
-                grad_q, grad_k, q, k, mask, deviation, tau, eps, scale, causal
+                grad_q, grad_k, q, k, seen, deviation, tau, eps, scale, causal
             )
             of_tau = None
             if wants_tau:
                 is_tau = (deviation >= tau) & (tau > eps)
                 of_tau = torch.where(is_tau, of_divisor, 0).sum()
         found = (of_q if wants_q else None, of_k if wants_k else None)
-        return None, *found, None, of_tau, None, None, None
+        return *found, None, of_tau, None, None, None
 
 
 def _twice_differentiable(
@@ -461,25 +476,3 @@ declare(
     libraries=("CPU",),
 )
 KERNELS = Family("_norm_attention_forward", "_norm_attention_backward")
-
-
-declare(
-    "_norm_attention_by_scores_forward",
-    "(Tensor q, Tensor k, Tensor? mask, Tensor tau, float eps, float scale, bool causal)"
-    " -> (Tensor scaled, Tensor offset, Tensor deviation)",
-    fake=_forward_fake,
-    reference=reference.masked_forward,
-    triton=reference.masked_forward,
-    libraries=(),
-)
-declare(
-    "_norm_attention_by_scores_backward",
-    "(Tensor grad_q, Tensor? grad_k, Tensor q, Tensor k, Tensor? mask, Tensor deviation,"
-    " Tensor tau, float eps, float scale, bool causal)"
-    " -> (Tensor of_q, Tensor of_k, Tensor of_divisor)",
-    fake=_backward_fake,
-    reference=reference.masked_backward,
-    triton=reference.masked_backward,
-    libraries=(),
-)
-BY_SCORES = Family("_norm_attention_by_scores_forward", "_norm_attention_by_scores_backward")

@@ -143,10 +143,7 @@ def _kernel_arguments(
     """The arguments of the kernel ops after x."""
     acc = accumulation_dtype(x.dtype)
     if mask is not None and mask.dtype not in (torch.bool, x.dtype, acc):
-        # What is hidden is decided in the mask's own dtype.
-        visible, bias = reference.split_mask(mask)
-        assert visible is not None and bias is not None
-        mask = torch.where(visible, bias.to(acc), float("-inf"))
+        mask = reference.mask_in(mask, acc)
     if isinstance(tau, Tensor):
         return mask, tau.to(acc), 0.0, eps, dim
     return mask, None, tau, eps, dim

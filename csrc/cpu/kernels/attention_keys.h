@@ -2,10 +2,8 @@
 // NormSoftmax attention share. cpu/kernels/isa.h must come first.
 #pragma once
 
-#include <cstdlib>
-
-#include "cpu/kernels.h"
 #include "cpu/kernels/multiply.h"
+#include "cpu/kernels/scratch.h"
 #include "math/norm_attention.h"
 
 namespace effkern::cpu::EFFKERN_ISA {
@@ -13,54 +11,6 @@ namespace {
 
 // Keys (and rows) that are taken together.
 constexpr int64_t kChunkKeys = 64;
-
-constexpr int64_t whole(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Numbers for one thread's use, handed out from one allocation.
-class Memory {
- public:
-  explicit Memory(int64_t doubles)
-      : block_(static_cast<double*>(
-            ::aligned_alloc(64, static_cast<size_t>(whole(doubles, 8)) * sizeof(double)))),
-        next_(block_) {
-    if (!block_) ::abort();
-  }
-  ~Memory() { ::free(block_); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  template <class S>
-  S* take(int64_t count) {
-    S* const mine = reinterpret_cast<S*>(next_);
-    next_ += whole(count, 8);
-    return mine;
-  }
-
- private:
-  double *block_, *next_;
-};
-
-template <class S>
-void clear(S* p, int64_t count) {
-  __builtin_memset(p, 0, static_cast<size_t>(count) * sizeof(S));
-}
-
-// Row by row, filled up with zeros to `stride`.
-template <class T>
-EFFKERN_INLINE void load_row(const T* from, int64_t features, int64_t stride, Acc<T>* to) {
-  int64_t i = 0;
-  for (; i < features; i += kLanes<T>) {
-    store(to + i, load_some(from + i, least(features - i, kLanes<T>)));
-  }
-  for (; i < stride; i += kLanes<T>) store(to + i, Vec<T>{});
-}
-
-template <class T>
-EFFKERN_INLINE void store_row(T* to, const Acc<T>* from, int64_t features) {
-  for (int64_t i = 0; i < features; i += kLanes<T>) {
-    store_some(to + i, load(from + i), least(features - i, kLanes<T>));
-  }
-}
 
 // The sum of products, in an order that depends on the length alone.
 template <class S>

@@ -22,6 +22,8 @@ NormSoftmaxKernels norm_softmax();
 void norm_softmax_cross_entropy(const NormSoftmaxCrossEntropyTask&, int64_t begin, int64_t end);
 void norm_attention_forward(const NormAttentionForward&, int64_t begin, int64_t end);
 void norm_attention_backward(const NormAttentionBackward&, int64_t begin, int64_t end);
+void attention_by_scores_forward(const AttentionByScoresForward&, int64_t begin, int64_t end);
+void attention_by_scores_backward(const AttentionByScoresBackward&, int64_t begin, int64_t end);
 #define EFFKERN_DECLARE(Rule, name) \
   void name(const StepTask&, const Rule&, int64_t begin, int64_t end);
 EFFKERN_ONE_PASS_RULES(EFFKERN_DECLARE)

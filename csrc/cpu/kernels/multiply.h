@@ -13,7 +13,8 @@ constexpr int64_t kTileRows = 4;
 template <class S>
 constexpr int64_t kTileColumns = 2 * kLanes<S>;
 
-// What is known to be zero, or not wanted, and is left out a tile at a time.
+// What is known to be zero, or not wanted, and is left out a tile at a time. (kUpperLeft only onto
+// a sum: a tile of nothing but zeros is left as it was.)
 enum class Part {
   kAll,
   kUpperResult,  // c is wanted on and above its diagonal
@@ -36,25 +37,45 @@ struct Left {
   int64_t row, column;
 };
 
-// A tile of c from the `depth` columns of a and rows of b that begin where these point.
-template <Onto kOnto, class S>
+// A tile of c, kRows by kTileColumns, from the `depth` columns of a and rows of b that begin where
+// these point; at least one.
+template <int64_t kRows, Onto kOnto, class S>
 EFFKERN_INLINE void multiply_tile(int64_t depth, Left<S> a, const S* b, int64_t b_stride, S* c,
-                                  int64_t c_stride) {
-  Vec<S> sums[kTileRows][2] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    const Vec<S> low = load(b), high = load(b + kLanes<S>);
-    for (int64_t r = 0; r < kTileRows; ++r) {
+                                  int64_t c_stride, S scale = 1) {
+  Vec<S> sums[kRows][2];
+  // The first products begin the sums: zeros would be written to memory, for a loop of none.
+  Vec<S> low = load(b), high = load(b + kLanes<S>);
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < kRows; ++r) {
+    const S factor = a.at[r * a.row];
+    sums[r][0] = factor * low;
+    sums[r][1] = factor * high;
+  }
+  for (int64_t k = 1; k < depth; ++k) {
+    a.at += a.column, b += b_stride;
+    low = load(b), high = load(b + kLanes<S>);
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kRows; ++r) {
       const S factor = a.at[r * a.row];
       sums[r][0] += factor * low;
       sums[r][1] += factor * high;
     }
-    a.at += a.column, b += b_stride;
   }
-  for (int64_t r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
     for (int64_t half = 0; half < 2; ++half) {
       S* const to = c + r * c_stride + half * kLanes<S>;
-      store(to, kOnto == Onto::kSum ? load(to) + sums[r][half] : sums[r][half]);
+      const Vec<S> scaled = sums[r][half] * scale;
+      store(to, kOnto == Onto::kSum ? load(to) + scaled : scaled);
     }
+  }
+}
+
+template <class S>
+EFFKERN_INLINE void clear_tile(S* c, int64_t c_stride) {
+  for (int64_t r = 0; r < kTileRows; ++r) {
+    for (int64_t half = 0; half < 2; ++half) store(c + r * c_stride + half * kLanes<S>, Vec<S>{});
   }
 }
 
@@ -71,8 +92,63 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, Left<S> a, const S* 
       int64_t last = depth;
       if (kPart == Part::kUpperRight && n + kWidth < last) last = n + kWidth;
       if (kPart == Part::kLowerLeft && m + kTileRows < last) last = m + kTileRows;
-      multiply_tile<kOnto>(last - first, {a.at + m * a.row + first * a.column, a.row, a.column},
-                           b + first * b_stride + n, b_stride, c + m * c_stride + n, c_stride);
+      if (first >= last) {  // of no depth, or of zeros alone
+        if (kOnto == Onto::kNothing) clear_tile(c + m * c_stride + n, c_stride);
+        continue;
+      }
+      multiply_tile<kTileRows, kOnto>(
+          last - first, {a.at + m * a.row + first * a.column, a.row, a.column},
+          b + first * b_stride + n, b_stride, c + m * c_stride + n, c_stride);
+    }
+  }
+}
+
+// ---- products of which one matrix is too large for the nearest cache ----
+
+// Twelve accumulators: as many as 16 registers allow.
+constexpr int64_t kTallRows = 6;
+
+// A matrix whose element (k, n) stands at n / kTileColumns * panel + k * row + n % kTileColumns.
+template <class S>
+struct Panels {
+  const S* at;
+  int64_t row, panel;
+};
+
+// What stays in the nearest cache: a stretch of a panel, or a few rows of a.
+enum class Stays { kPanel, kRows };
+
+// A function of its own: it needs all registers for itself.
+template <Onto kOnto, class S>
+EFFKERN_OUTLINE void multiply_tall_tile(int64_t depth, Left<S> a, const S* b, int64_t b_stride,
+                                        S* c, int64_t c_stride, S scale) {
+  multiply_tile<kTallRows, kOnto>(depth, a, b, b_stride, c, c_stride, scale);
+}
+
+// c = scale a b, or c += scale a b. `rows` must be a multiple of kTallRows and `columns` of
+// kTileColumns; of no depth c stays.
+template <Stays kStays, Onto kOnto, class S>
+void multiply_panels(int64_t rows, int64_t columns, int64_t depth, Left<S> a, Panels<S> b, S* c,
+                     int64_t c_stride, S scale) {
+  constexpr int64_t kWidth = kTileColumns<S>, kDepth = 256;
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    const int64_t some = depth - k < kDepth ? depth - k : kDepth;
+    const auto tile = [&](int64_t m, int64_t n) EFFKERN_LAMBDA {
+      const auto multiply_tile = kOnto == Onto::kSum || k > 0
+                                     ? &multiply_tall_tile<Onto::kSum, S>
+                                     : &multiply_tall_tile<Onto::kNothing, S>;
+      multiply_tile(some, {a.at + m * a.row + k * a.column, a.row, a.column},
+                    b.at + n / kWidth * b.panel + k * b.row, b.row, c + m * c_stride + n, c_stride,
+                    scale);
+    };
+    if constexpr (kStays == Stays::kPanel) {
+      for (int64_t n = 0; n < columns; n += kWidth) {
+        for (int64_t m = 0; m < rows; m += kTallRows) tile(m, n);
+      }
+    } else {
+      for (int64_t m = 0; m < rows; m += kTallRows) {
+        for (int64_t n = 0; n < columns; n += kWidth) tile(m, n);
+      }
     }
   }
 }

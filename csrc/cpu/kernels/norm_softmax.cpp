@@ -65,8 +65,6 @@ void fill_zeros(S* row, int64_t features) {
 
 template <class S, class M>
 void forward_rows(const NormSoftmaxForward& args, int64_t begin, int64_t end) {
-  using V = Vec<S>;
-  using Sum = ExponentialSum<V>;
   const int64_t features = args.features;
   SoftmaxRows<S, M> rows(args);
   RowsOut<S> out(args.y, args.dtype, args.y_rows, features);
@@ -78,13 +76,7 @@ void forward_rows(const NormSoftmaxForward& args, int64_t begin, int64_t end) {
     const SoftmaxRow<S, M> row = rows[r];
     S* const y = out[r];
     if (row.visible() == 0) return fill_zeros(y, features);
-    const auto merge = [](const Sum& a, const Sum& b) EFFKERN_LAMBDA { return Sum::merged(a, b); };
-    const auto add = [&](Sum& sum, int64_t i, int64_t count) EFFKERN_LAMBDA {
-      const V e = row.exponentials(i, count);
-      store_some(exponentials + i, e, count);
-      sum.add(e);
-    };
-    const S factor = static_cast<S>(1 / over_row<S>(features, Sum{}, merge, add).total());
+    const S factor = write_exponentials(row, features, exponentials);
     for_each_vector<S>(features, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA {
       put(y + i, load_some(exponentials + i, count) * factor, count, streamed);
     });
@@ -101,11 +93,6 @@ void forward_rows(const NormSoftmaxForward& args, int64_t begin, int64_t end) {
 
 template <class S, class M>
 void backward_rows(const NormSoftmaxBackward& args, int64_t begin, int64_t end) {
-  using V = Vec<S>;
-  struct Sums {
-    ExponentialSum<V> e;
-    V eg;
-  };
   const int64_t features = args.features;
   SoftmaxRows<S, M> rows(args);
   RowsIn<S> grads(args.grad, args.dtype, args.grad_rows, features);
@@ -125,37 +112,11 @@ void backward_rows(const NormSoftmaxBackward& args, int64_t begin, int64_t end) 
       if (grad_tau) grad_tau[number] = 0;
       return;
     }
-    const auto merge_sums = [](const Sums& a, const Sums& b) EFFKERN_LAMBDA {
-      return Sums{ExponentialSum<V>::merged(a.e, b.e), a.eg + b.eg};
-    };
-    const auto add_sums = [&](Sums& sums, int64_t i, int64_t count) EFFKERN_LAMBDA {
-      const V e = row.exponentials(i, count);
-      store_some(exponentials + i, e, count);
-      sums.e.add(e);
-      sums.eg += e * row.visible_of(grad, i, count);
-    };
-    const Sums sums = over_row<S>(features, Sums{}, merge_sums, add_sums);
-    SoftmaxGradient<S> gradient{};
-    gradient.factor = static_cast<S>(1 / sums.e.total());
-    gradient.mean_g = sum_lanes(sums.eg) * gradient.factor;
-    gradient.inverse = S(1) / row.divisor().value;
-
-    const auto dz_at = [&](int64_t i, int64_t count) EFFKERN_LAMBDA {
-      const V e = load_some(exponentials + i, count);
-      return softmax_grad_logit(e, row.visible_of(grad, i, count), gradient);
-    };
-    if (row.divisor().is_sigma || grad_tau) {
-      const auto merge = [](V a, V b) EFFKERN_LAMBDA { return a + b; };
-      const auto add = [&](V& sum, int64_t i, int64_t count)
-                           EFFKERN_LAMBDA { sum += dz_at(i, count) * row.centred(i, count); };
-      const S along = sum_lanes(over_row<S>(features, V{}, merge, add));
-      gradient.on_c = softmax_on_c(along, row.squares(), row.divisor());
-      if (grad_tau) grad_tau[number] = softmax_grad_tau(along, rows.tau(), row.divisor());
-    }
+    const SoftmaxRowGradient<S, M> gradient(row, features, grad, exponentials, grad_tau != nullptr);
+    if (grad_tau) grad_tau[number] = gradient.of_tau(rows.tau());
     if (!grad_x) return;
     for_each_vector<S>(features, [&](int64_t i, int64_t count, int) EFFKERN_LAMBDA {
-      const V dx = softmax_grad_x(dz_at(i, count), row.centred(i, count), gradient);
-      put(grad_x + i, dx, count, streamed);
+      put(grad_x + i, gradient.at(i, count), count, streamed);
     });
   };
   const bool gathered = rows.is_gathered() || grads.is_gathered() || out.is_gathered();

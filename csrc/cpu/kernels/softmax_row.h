@@ -117,7 +117,7 @@ class SoftmaxRow {
   }
 
   int64_t visible() const { return count_; }
-  S mean() const { return mean_; }
+  S mean() const { return mean_ + shift_; }
   S squares() const { return squares_; }
   S origin() const { return origin_; }  // without biases the largest number
   SoftmaxDivisor<S> divisor() const { return divisor_; }
@@ -129,8 +129,11 @@ class SoftmaxRow {
     if constexpr (Mask::kAdds) z -= top_;
     return mask.visible ? exponential(z) : V{};
   }
-  // x - mean; 0 where exponentials are.
-  EFFKERN_MEMBER V centred(int64_t i, int64_t count) const { return less(mean_, i, count); }
+  // x - mean; 0 where exponentials are. The mean is that of numbers that may lie far from zero
+  // beside their deviations: what rounding left of it is taken off after.
+  EFFKERN_MEMBER V centred(int64_t i, int64_t count) const {
+    return inside((load_some(x_ + i, count) - mean_) - shift_, i, count);
+  }
   // x less a number, and any vector; 0 where exponentials are.
   EFFKERN_MEMBER V less(S number, int64_t i, int64_t count) const {
     return inside(load_some(x_ + i, count) - number, i, count);
@@ -186,9 +189,9 @@ class SoftmaxRow {
     };
     const Second all = over_row<T>(features_, Second{}, merge, add);
     // The rounding of the mean, found beside numbers that are small where all are alike.
-    const S plain = sum_lanes(all.plain), shift = plain / static_cast<S>(count_);
-    squares_ = larger(sum_lanes(all.squares) - plain * shift, S(0));
-    mean_ += shift;
+    const S plain = sum_lanes(all.plain);
+    shift_ = plain / static_cast<S>(count_);
+    squares_ = larger(sum_lanes(all.squares) - plain * shift_, S(0));
   }
 
   // With biases, the largest logit is not that of the largest number.
@@ -205,8 +208,78 @@ class SoftmaxRow {
   const T* x_;
   Mask mask_;
   int64_t features_, count_ = 0;
-  S mean_, squares_ = 0, origin_, top_ = 0, inverse_ = 0;
+  S mean_, shift_ = 0, squares_ = 0, origin_, top_ = 0, inverse_ = 0;
   SoftmaxDivisor<S> divisor_ = {};
+};
+
+// Writes a row's exponentials, which may be where the row is. Times what is returned they are its
+// distribution.
+template <class T, class M>
+EFFKERN_INLINE Acc<T> write_exponentials(const SoftmaxRow<T, M>& row, int64_t features,
+                                         Acc<T>* exponentials) {
+  using Sum = ExponentialSum<Vec<T>>;
+  const auto merge = [](const Sum& a, const Sum& b) EFFKERN_LAMBDA { return Sum::merged(a, b); };
+  const auto add = [&](Sum& sum, int64_t i, int64_t count) EFFKERN_LAMBDA {
+    const Vec<T> e = row.exponentials(i, count);
+    store_some(exponentials + i, e, count);
+    sum.add(e);
+  };
+  return static_cast<Acc<T>>(1 / over_row<T>(features, Sum{}, merge, add).total());
+}
+
+// The gradient of a row that has a visible entry.
+template <class T, class M>
+class SoftmaxRowGradient {
+ public:
+  using S = Acc<T>;
+  using V = Vec<T>;
+
+  // Writes the row's exponentials.
+  SoftmaxRowGradient(const SoftmaxRow<T, M>& row, int64_t features, const T* grad, S* exponentials,
+                     bool wants_tau)
+      : row_(row), grad_(grad), exponentials_(exponentials) {
+    struct Sums {
+      ExponentialSum<V> e;
+      V eg;
+    };
+    const auto merge_sums = [](const Sums& a, const Sums& b) EFFKERN_LAMBDA {
+      return Sums{ExponentialSum<V>::merged(a.e, b.e), a.eg + b.eg};
+    };
+    const auto add_sums = [&](Sums& sums, int64_t i, int64_t count) EFFKERN_LAMBDA {
+      const V e = row.exponentials(i, count);
+      store_some(exponentials + i, e, count);
+      sums.e.add(e);
+      sums.eg += e * row.visible_of(grad, i, count);
+    };
+    const Sums sums = over_row<T>(features, Sums{}, merge_sums, add_sums);
+    gradient_.factor = static_cast<S>(1 / sums.e.total());
+    gradient_.mean_g = sum_lanes(sums.eg) * gradient_.factor;
+    gradient_.inverse = S(1) / row.divisor().value;
+    if (!row.divisor().is_sigma && !wants_tau) return;
+    const auto merge = [](V a, V b) EFFKERN_LAMBDA { return a + b; };
+    const auto add = [&](V& sum, int64_t i, int64_t count)
+                         EFFKERN_LAMBDA { sum += logit(i, count) * row.centred(i, count); };
+    along_ = sum_lanes(over_row<T>(features, V{}, merge, add));
+    gradient_.on_c = softmax_on_c(along_, row.squares(), row.divisor());
+  }
+
+  S factor() const { return gradient_.factor; }  // the distribution is this times an exponential
+  S of_tau(S tau) const { return softmax_grad_tau(along_, tau, row_.divisor()); }
+  EFFKERN_MEMBER V at(int64_t i, int64_t count) const {
+    return softmax_grad_x(logit(i, count), row_.centred(i, count), gradient_);
+  }
+
+ private:
+  EFFKERN_MEMBER V logit(int64_t i, int64_t count) const {
+    const V e = load_some(exponentials_ + i, count);
+    return softmax_grad_logit(e, row_.visible_of(grad_, i, count), gradient_);
+  }
+
+  const SoftmaxRow<T, M>& row_;
+  const T* grad_;
+  const S* exponentials_;
+  SoftmaxGradient<S> gradient_{};
+  S along_ = 0;
 };
 
 }  // namespace

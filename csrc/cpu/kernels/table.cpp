@@ -11,6 +11,7 @@ Kernels kernels() {
   all.norm_softmax = norm_softmax();
   all.norm_softmax_cross_entropy = norm_softmax_cross_entropy;
   all.norm_attention = {norm_attention_forward, norm_attention_backward};
+  all.attention_by_scores = {attention_by_scores_forward, attention_by_scores_backward};
 #define EFFKERN_SET(Rule, name) all.name = name;
   EFFKERN_ONE_PASS_RULES(EFFKERN_SET)
 #undef EFFKERN_SET

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,20 +33,21 @@ from effkern.backends.reference.norm_softmax import norm_softmax
 #: Keys that a causal prefix grows by at a time.
 CHUNK = 64
 
-#: Scores that the path for arbitrary masks holds at a time.
-SCORES = 1 << 21
-
 
 def is_seen(mask: Tensor) -> Tensor:
     """Where a mask lets a row see a key: True, or above half the dtype's lowest finite value."""
     return mask if mask.dtype == torch.bool else ~(mask <= torch.finfo(mask.dtype).min / 2)
 
 
-def with_causal(mask: Tensor | None, causal: bool, rows: int, keys: int, like: Tensor) -> Any:
-    """One mask that hides what ``mask`` does and, in causal attention, what comes later."""
+def with_causal(
+    mask: Tensor | None, causal: bool, rows: int, keys: int, like: Tensor, first: int = 0
+) -> Tensor | None:
+    """One mask that hides what ``mask`` does and, in causal attention, what comes later; of
+    ``rows`` rows from the ``first`` on.
+    """
     if not causal:
         return mask
-    earlier = torch.ones(rows, keys, dtype=torch.bool, device=like.device).tril()
+    earlier = torch.ones(rows, keys, dtype=torch.bool, device=like.device).tril(first)
     return restricted(mask, earlier)
 
 
@@ -416,118 +416,5 @@ class _Prefix:
         self.centred = (scores - self.mean[..., None]).masked_fill(~visible, 0)
 
 
-# ---- any mask ----
-
-
-def masked_forward(
-    q: Tensor, k: Tensor, mask: Tensor | None, tau: Tensor, eps: float, scale: float, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `forward`, with the scores of some rows at a time: at most SCORES, or one row.
-
-    Args:
-        q: as forward has it, and so are k, tau, eps, scale and causal.
-        k: of forward.
-        mask: boolean or additive, broadcasting to (B, H, L, S), the head's dimension also to Hk;
-            None: every key is seen.
-        tau: of forward.
-        eps: of forward.
-        scale: of forward.
-        causal: of forward.
-
-    Returns:
-        As forward; a mask may be causal, so that the keys' offset is found as if it were.
-    """
-    acc = accumulation_dtype(q.dtype)
-    keys, of_keys = _without_offset(k, mask)
-    keys = _of_every_head(keys, q)
-    deviation = torch.empty(q.shape[:-1], dtype=acc, device=q.device)
-    for first, last in _stretches(q, k):
-        centred, count = _centred_scores(q, keys, mask, causal, first, last)
-        variance = centred.square().sum(-1) / count.clamp(min=1)
-        rows = (variance.sqrt() * abs(scale)).masked_fill(count < 2, math.inf)
-        deviation[..., first:last] = rows
-    scaled = q.to(acc) / divisor(deviation, tau, eps)[..., None]
-    return _narrowed(scaled, q.dtype), of_keys, deviation
-
-
-def masked_backward(
-    grad_q: Tensor,
-    grad_k: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    deviation: Tensor,
-    tau: Tensor,
-    eps: float,
-    scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `masked_forward`; see `backward`."""
-    acc = accumulation_dtype(q.dtype)
-    wide = q.to(acc)
-    of_queries, of_divisor, h = _through_the_divisor(grad_q.to(acc), wide, deviation, tau, eps)
-    keys, _ = _without_offset(k, mask)
-    keys = _of_every_head(keys, q)
-    of_keys = torch.zeros_like(keys)
-    for first, last in _stretches(q, k):
-        centred, count = _centred_scores(q, keys, mask, causal, first, last)
-        w = h[..., first:last] * (2 * scale**2) / count.clamp(min=1)
-        centred = centred * w[..., None]
-        of_queries[..., first:last, :] += centred @ keys
-        of_keys += centred.transpose(-2, -1) @ wide[..., first:last, :]
-    total = of_keys.unflatten(1, (k.shape[1], -1)).sum(2)
-    if grad_k is not None:
-        total = total + grad_k.to(acc)
-    return of_queries.to(q.dtype).contiguous(), total.to(k.dtype).contiguous(), of_divisor
-
-
-def _without_offset(k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keys in the accumulation dtype, zero where no row sees them, and the offset taken off."""
-    seen = seen_by_any(mask, k)
-    taken = offset(k, seen, True)
-    keys = k.to(accumulation_dtype(k.dtype)) - taken
-    return keys if seen is None else keys.masked_fill(~seen[..., None], 0), taken
-
-
-def seen_by_any(mask: Tensor | None, k: Tensor) -> Tensor | None:
-    """The keys that some row sees, shape (B or 1, Hk or 1, S)."""
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        seen = mask.any(-2)
-    else:
-        seen = is_seen(mask.amax(-2))
-    if seen.shape[1] not in (1, k.shape[1]):
-        seen = seen.unflatten(1, (k.shape[1], -1)).any(2)
-    return seen
-
-
 def _of_every_head(keys: Tensor, q: Tensor) -> Tensor:
     return keys.repeat_interleave(q.shape[1] // keys.shape[1], 1)
-
-
-def _stretches(q: Tensor, k: Tensor) -> list[tuple[int, int]]:
-    """Rows whose scores are held together."""
-    rows = q.shape[-2]
-    scores_of_a_row = q.shape[0] * q.shape[1] * k.shape[-2]
-    step = max(1, SCORES // max(1, scores_of_a_row))
-    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
-
-
-def _centred_scores(
-    q: Tensor, keys: Tensor, mask: Tensor | None, causal: bool, first: int, last: int
-) -> tuple[Tensor, Tensor]:
-    """The scores of rows first to last, not scaled, less their mean; zero where hidden; and how
-    many keys each row sees.
-    """
-    scores = q[..., first:last, :].to(keys.dtype) @ keys.transpose(-2, -1)
-    seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
-    if causal:
-        seen = seen.tril(first)
-    if mask is not None:
-        seen = seen & is_seen(mask if mask.shape[-2] == 1 else mask[..., first:last, :])
-    hidden = ~seen
-    count = seen.expand(scores.shape).sum(-1)
-    scores = scores.masked_fill(hidden, 0)
-    mean = scores.sum(-1) / count.clamp(min=1)
-    return (scores - mean[..., None]).masked_fill(hidden, 0), count

@@ -101,6 +101,13 @@ def split_mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return visible, torch.where(visible, mask, 0)
 
 
+def mask_in(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """An additive mask in another dtype: what is hidden is decided in its own."""
+    visible, bias = split_mask(mask)
+    assert visible is not None and bias is not None
+    return torch.where(visible, bias.to(dtype), float("-inf"))
+
+
 class Centred(NamedTuple):
     """Rows in the accumulation dtype, their means taken off.
 
@@ -125,15 +132,16 @@ def centred(x: Tensor, visible: Tensor | None, dim: int) -> Centred:
     count: Tensor | int = x.shape[dim] if x.dim() else 1
     if visible is None:
         mean = _mean(wide, count, dim)
+        values = wide - mean
         # The rounding of that mean, found beside numbers that are small where all are alike.
-        values = wide - (mean + _mean(wide - mean, count, dim))
+        values = values - _mean(values, count, dim)
     else:
         visible = visible.expand(x.shape)
         wide = torch.where(visible, wide, 0)
         count = visible.sum(dim, keepdim=True)
         mean = _mean(wide, count, dim)
-        rest = torch.where(visible, wide - mean, 0)
-        values = torch.where(visible, wide - (mean + _mean(rest, count, dim)), 0)
+        values = torch.where(visible, wide - mean, 0)
+        values = torch.where(visible, values - _mean(values, count, dim), 0)
     return Centred(values, _mean(values.square(), count, dim), count)
 
 

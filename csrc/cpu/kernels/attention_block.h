@@ -1,0 +1,190 @@
+// What both passes of attention by its scores share: keys and values in the order in which products
+// read them, and the masks of rows. cpu/kernels/isa.h must come first.
+#pragma once
+
+#include "cpu/kernels/multiply.h"
+#include "cpu/kernels/scratch.h"
+#include "cpu/kernels/softmax_row.h"
+#include "cpu/kernels/strided.h"
+
+namespace effkern::cpu::EFFKERN_ISA {
+namespace {
+
+// Rows whose scores are held together: fewer of many keys, for they should stay in a cache.
+inline int64_t rows_of_a_block(int64_t keys) {
+  constexpr int64_t kMost = 8 * kTallRows, kFewest = 4 * kTallRows, kScores = int64_t{1} << 16;
+  const int64_t fit = kScores / (keys > 0 ? keys : 1) / kTallRows * kTallRows;
+  return fit < kFewest ? kFewest : fit > kMost ? kMost : fit;
+}
+
+// From one row of scores to the next: room for whole tiles, and one cache line more, so that rows
+// do not all fall into the same few sets of a cache.
+template <class S>
+int64_t stride_of_scores(int64_t keys) {
+  return whole(keys + kTallRows, kTileColumns<S>) + 64 / static_cast<int64_t>(sizeof(S));
+}
+
+// Rows of any dtype, brought to type S and filled up with zeros to `stride`.
+template <class S>
+class RowReader {
+ public:
+  RowReader(const void* data, DType dtype, const RowLayout& layout, int64_t features,
+            int64_t stride)
+      : data_(data), dtype_(dtype), layout_(layout), features_(features), stride_(stride) {}
+
+  int64_t stride() const { return stride_; }
+  void read(int64_t row, S* to) const {
+    with_storage<S>(dtype_, [&](auto storage) {
+      using T = decltype(storage);
+      load_row(static_cast<const T*>(data_) + row_offset(layout_, row), features_, stride_, to);
+    });
+  }
+  void read(int64_t first, int64_t count, S* to) const {
+    for (int64_t i = 0; i < count; ++i) read(first + i, to + i * stride_);
+  }
+
+ private:
+  const void* data_;
+  DType dtype_;
+  RowLayout layout_;
+  int64_t features_, stride_;
+};
+
+template <class S>
+void write_row(void* data, DType dtype, int64_t row, int64_t features, const S* from) {
+  with_storage<S>(dtype, [&](auto storage) {
+    using T = decltype(storage);
+    store_row(static_cast<T*>(data) + row * features, from, features);
+  });
+}
+
+// Where a matrix of `count` rows goes: its rows in panels of columns, its columns in panels of
+// rows. Null: not wanted.
+template <class S>
+struct Packed {
+  S *rows, *columns;
+
+  static int64_t size(int64_t count, int64_t stride) {
+    return whole(count, kTileColumns<S>) * stride;
+  }
+  Panels<S> by_rows(int64_t count) const {
+    constexpr int64_t kWidth = kTileColumns<S>;
+    return {rows, kWidth, whole(count, kWidth) * kWidth};
+  }
+  Panels<S> by_columns(int64_t stride) const {
+    constexpr int64_t kWidth = kTileColumns<S>;
+    return {columns, kWidth, stride * kWidth};
+  }
+};
+
+// Packs `count` rows less `offset` (null: none). `block` has room for kTileColumns rows.
+template <class S>
+void pack(const RowReader<S>& reader, int64_t first, int64_t count, const S* offset, S* block,
+          Packed<S> to) {
+  constexpr int64_t kWidth = kTileColumns<S>;
+  const int64_t stride = reader.stride(), height = whole(count, kWidth);
+  for (int64_t row = 0; row < count; row += kWidth) {
+    const int64_t some = least(kWidth, count - row);
+    reader.read(first + row, some, block);
+    clear(block + some * stride, (kWidth - some) * stride);
+    for (int64_t i = 0; offset && i < some; ++i) {
+      S* const key = block + i * stride;
+      for (int64_t f = 0; f < stride; f += kLanes<S>)
+        store(key + f, load(key + f) - load(offset + f));
+    }
+    if (to.columns) transpose(block, kWidth, stride, stride, to.columns + row * stride, kWidth);
+    if (!to.rows) continue;
+    for (int64_t n = 0; n < stride; n += kWidth) {
+      S* const panel = to.rows + n * height + row * kWidth;
+      for (int64_t i = 0; i < kWidth; ++i) {
+        for (int64_t f = 0; f < kWidth; f += kLanes<S>) {
+          store(panel + i * kWidth + f, load(block + i * stride + n + f));
+        }
+      }
+    }
+  }
+}
+
+// The mask of a row of scores. M is NoMask, uint8_t or S.
+template <class S, class M>
+RowMask<S, M> mask_of(const AttentionByScoresTask& task, int64_t batch, int64_t head, int64_t row) {
+  RowMask<S, M> mask{nullptr, static_cast<S>(task.mask_hidden)};
+  if constexpr (RowMask<S, M>::kHides) {
+    mask.row = static_cast<const M*>(task.mask) + batch * task.mask_batch_stride +
+               head * task.mask_head_stride + row * task.mask_row_stride;
+  }
+  return mask;
+}
+
+// The first key from `from` on that some row of a head sees; their number where there is none.
+template <class S, class M>
+int64_t first_seen(const AttentionByScoresTask& task, int64_t batch, int64_t head, int64_t from) {
+  if (!RowMask<S, M>::kHides) return least(from, task.keys);
+  int64_t first = task.keys;
+  const int64_t rows = task.mask_row_stride == 0 ? least(task.rows, 1) : task.rows;
+  for (int64_t row = 0; row < rows; ++row) {
+    const RowMask<S, M> mask = mask_of<S, M>(task, batch, head, row);
+    for (int64_t key = from; key < first; key += kLanes<S>) {
+      const int64_t some = least(kLanes<S>, first - key);
+      const Lanes<S> visible = mask.at(key, some).visible;
+      int64_t lane = 0;
+      if (sum_lanes(visible) == 0) continue;
+      while (!visible[lane]) ++lane;
+      first = key + lane;
+    }
+  }
+  return first;
+}
+
+// What may be taken off all keys of a head: the first that is seen, if it and the second lie far
+// from the origin beside their difference; then they share an offset, which would cost scores
+// digits and does not change a row's distribution.
+template <class S, class M>
+class CommonOffset {
+ public:
+  // `keys` has room for two.
+  CommonOffset(const AttentionByScoresTask& task, S* keys) : task_(task), keys_(keys) {}
+
+  // Null: nothing.
+  const S* find(const RowReader<S>& reader, int64_t batch, int64_t key_head) {
+    find_places(batch, key_head * (task_.heads / task_.key_heads));
+    if (second_ >= task_.keys) return nullptr;
+    const int64_t stride = reader.stride(), row = (batch * task_.key_heads + key_head) * task_.keys;
+    reader.read(row + first_, keys_);
+    reader.read(row + second_, keys_ + stride);
+    S of_first = 0, of_second = 0, between = 0;
+    for (int64_t i = 0; i < stride; ++i) {
+      const S a = keys_[i], b = keys_[stride + i];
+      of_first += a * a;
+      of_second += b * b;
+      between += (a - b) * (a - b);
+    }
+    return (of_first < of_second ? of_first : of_second) > 16 * between ? keys_ : nullptr;
+  }
+
+ private:
+  void find_places(int64_t batch, int64_t head) {
+    if (batch == batch_ && (head == head_ || task_.mask_head_stride == 0)) return;
+    batch_ = batch, head_ = head;
+    first_ = first_seen<S, M>(task_, batch, head, 0);
+    second_ = first_seen<S, M>(task_, batch, head, first_ + 1);
+  }
+
+  const AttentionByScoresTask& task_;
+  S* keys_;
+  int64_t batch_ = -1, head_ = -1, first_ = 0, second_ = 0;
+};
+
+// Calls body with values of the types of scores and of the mask.
+template <class Body>
+void with_types(const AttentionByScoresTask& task, const Body& body) {
+  const auto with_scores = [&](auto score) {
+    if (task.mask_kind == MaskKind::kNone) return body(score, NoMask{});
+    if (task.mask_kind == MaskKind::kBool) return body(score, uint8_t{});
+    return body(score, score);
+  };
+  task.dtype == DType::kFloat64 ? with_scores(double{}) : with_scores(float{});
+}
+
+}  // namespace
+}  // namespace effkern::cpu::EFFKERN_ISA
