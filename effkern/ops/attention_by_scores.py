@@ -115,7 +115,7 @@ def attention_by_scores(
 
 
 class AttentionByScores(torch.autograd.Function):
-    """`attention_by_scores` for autograd. Nothing is kept for the backward pass but what came in."""
+    """`attention_by_scores` for autograd. Nothing is kept for the backward pass but its inputs."""
 
     @staticmethod
     def forward(

@@ -15,6 +15,7 @@ from effkern.backends.reference import norm_attention as reference
 from effkern.backends.reference.dtypes import accumulation_dtype
 from effkern.backends.reference.norm_attention import restricted
 from effkern.ops._declare import Family, declare
+from effkern.ops._machine import multiplies
 from effkern.ops._modes import autocast_is_on, may_be_looked_at, transforms_are_active
 from effkern.ops.attention_by_scores import attention_by_scores
 from effkern.ops.norm_attention_checks import Seen, check, in_four_dimensions, read_mask
@@ -179,23 +180,27 @@ class _Numbers(NamedTuple):
     dropout_p: float
 
 
-#: Keys of which one kernel on the CPU does the whole of attention: of more, what a block of rows
-#: reads of them is far from the caches.
-MOST_KEYS = 4096
+#: Keys up to which one kernel on the CPU does the whole of attention, by dtype: of more, what a
+#: block of rows reads of them is too far from the processor. Numbers of 16 bits are widened there,
+#: and left to PyTorch where the processor has products of them.
+MOST_KEYS = {
+    dtype: 4096
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    if dtype in (torch.float32, torch.float64) or not multiplies(dtype)
+}
 
 
 def _scores_suit(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     """Whether attention goes by its scores, some rows at a time, and not by divided queries.
 
     It must where a mask tells rows apart, or few keys are seen by all; it is less work where there
-    are few rows; and on the CPU there is a kernel that is as fast as PyTorch's attention. Of 16 bits
-    PyTorch's is faster where the machine has products of them.
+    are few rows; and on the CPU there is a kernel that is as fast as PyTorch's attention.
     """
     if mask is not None and mask.shape[-2] > 1 and mask.stride(-2) != 0:
         return True
     if k.shape[-2] <= FEW_KEYS or 2 * q.shape[-2] < q.shape[-1]:
         return True
-    return q.is_cpu and q.dtype in (torch.float32, torch.float64) and k.shape[-2] <= MOST_KEYS
+    return q.is_cpu and k.shape[-2] <= MOST_KEYS.get(q.dtype, 0)
 
 
 def _by_scores(
@@ -290,7 +295,8 @@ def _with_rows_that_see_few(
     rows = q.shape[-2]
     if seen.keys is None:
         first = min(rows, FEW_KEYS)
-        few = _by_scores(*(t[..., :first, :] for t in (q, k, v)), None, None, how)
+        q, k, v = (t[..., :first, :] for t in (q, k, v))
+        few = _by_scores(q, k, v, None, None, how)
         return torch.cat((few, y[..., first:, :]), -2)
     count = _count(seen.keys, rows, seen.causal)
     if may_be_looked_at(count):

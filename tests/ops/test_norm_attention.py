@@ -14,10 +14,10 @@ from effkern.nn.functional import norm_softmax_attention
 from tests.support.accuracy import assert_as_accurate
 from tests.support.backends import Backend
 from tests.support.norm_attention import (
-    _no_keys_are_few,  # noqa: F401
     _only_backends_with_a_kernel,  # noqa: F401
     attention,
     divided_then_attention,
+    way,  # noqa: F401
 )
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -13,9 +13,9 @@ import effkern
 from effkern.nn.functional import norm_softmax_attention
 from tests.support.backends import Backend
 from tests.support.norm_attention import (
-    _no_keys_are_few,  # noqa: F401
     _only_backends_with_a_kernel,  # noqa: F401
     attention,
+    way,  # noqa: F401
 )
 
 KINDS = ["none", "causal", "padding", "any"]
@@ -56,15 +56,31 @@ def test_gradcheck(backend: Backend, kind: str) -> None:
 
 
 @kinds
-def test_second_derivatives_where_attention_has_them(kind: str) -> None:
-    """PyTorch's flash kernels have none and say so; its plain one has."""
+def test_second_derivatives(kind: str, way: str) -> None:  # noqa: F811
+    """Of divided queries only where PyTorch's attention has them: its flash kernels say that they
+    have none.
+    """
     mine = [t.requires_grad_() for t in tensors(heads=1, features=2)]
     with sdpa_kernel(SDPBackend.MATH):
         assert torch.autograd.gradgradcheck(function(kind), mine)
     y = function(kind)(*mine)
     (first,) = torch.autograd.grad(y.square().sum(), mine[0], create_graph=True)
+    if way == "by scores":
+        first.sum().backward()
+        return
     with pytest.raises(RuntimeError, match=r"derivative for .*flash_attention"):
         first.sum().backward()
+
+
+def test_second_derivatives_of_one_argument() -> None:
+    for wanted in range(4):
+        mine = tensors(heads=1, features=2)
+
+        def alone(t: Tensor, mine: list[Tensor] = mine, wanted: int = wanted) -> Tensor:
+            return function("causal")(*mine[:wanted], t, *mine[wanted + 1 :])
+
+        with sdpa_kernel(SDPBackend.MATH):
+            assert torch.autograd.gradgradcheck(alone, mine[wanted].requires_grad_())
 
 
 def test_one_gradient_alone() -> None:
@@ -93,22 +109,26 @@ def test_one_gradient_alone() -> None:
 def test_opcheck_kernels(overload: str, dtype: torch.dtype, causal: bool) -> None:
     q, k, _, _ = tensors(dtype)
     k, tau = k[:, :1], torch.tensor(0.9)
-    seen = keywords("padding")["attn_mask"][:, :, 0]
-    for family, mask in (
-        ("", None),
-        ("", seen),
-        ("_by_scores", None),
-        ("_by_scores", keywords("any")["attn_mask"]),
-    ):
-        forward, backward = (
-            getattr(getattr(torch.ops.effkern, f"_norm_attention{family}_{kind}"), overload)
-            for kind in ("forward", "backward")
-        )
-        options = (tau, 1e-6, 0.4, causal)
-        torch.library.opcheck(forward, (q, k, mask, *options))
-        scaled, _, deviation = forward(q, k, mask, *options)
+    forward, backward = (
+        getattr(getattr(torch.ops.effkern, f"_norm_attention_{kind}"), overload)
+        for kind in ("forward", "backward")
+    )
+    options = (tau, 1e-6, 0.4, causal)
+    for seen in (None, keywords("padding")["attn_mask"][:, :, 0]):
+        torch.library.opcheck(forward, (q, k, seen, *options))
+        scaled, _, deviation = forward(q, k, seen, *options)
         for grad_k in (None, torch.randn_like(k)):
-            torch.library.opcheck(backward, (scaled, grad_k, q, k, mask, deviation, *options))
+            torch.library.opcheck(backward, (scaled, grad_k, q, k, seen, deviation, *options))
+    forward, backward = (
+        getattr(getattr(torch.ops.effkern, f"_attention_by_scores_{kind}"), overload)
+        for kind in ("forward", "backward")
+    )
+    v, bias = torch.randn(2, 1, 9, 5).to(dtype), torch.randn(1, 1, 9, 9)
+    for mask in (None, keywords("any")["attn_mask"], bias):
+        call = (q, k, v, mask, *options)
+        torch.library.opcheck(forward, call)
+        for wants_tau in (False, True):
+            torch.library.opcheck(backward, (forward(*call), *call, wants_tau))
 
 
 def losses(f: Any, given: list[Tensor]) -> list[Tensor]:
@@ -129,7 +149,7 @@ def test_compile(kind: str) -> None:
         torch.testing.assert_close(compiled(*given), f(*given))
 
 
-def test_a_compiled_function_follows_the_backend() -> None:
+def test_a_compiled_function_follows_the_backend(way: str) -> None:  # noqa: F811
     torch._dynamo.reset()
     q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
     called = []
@@ -141,8 +161,9 @@ def test_a_compiled_function_follows_the_backend() -> None:
     compiled(q, k, v)
     with effkern.use_backend("reference"):
         compiled(q, k, v)
-    assert "_norm_attention_forward.default" in called[0]
-    assert "_norm_attention_forward.reference" in called[1]
+    name = "_attention_by_scores" if way == "by scores" else "_norm_attention"
+    assert f"{name}_forward.default" in called[0]
+    assert f"{name}_forward.reference" in called[1]
 
 
 @kinds

@@ -1,4 +1,6 @@
-"""The check of tests/ops/test_norm_attention.py fails for every kernel broken in a likely way."""
+"""The check of tests/ops/test_norm_attention.py fails for every kernel that divides queries and is
+broken in a likely way.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,12 @@ from torch import Tensor
 
 from tests.ops.test_norm_attention import check, padding, tensors
 from tests.support.mutants import mutant
+from tests.support.norm_attention import choose_way
+
+
+@pytest.fixture(autouse=True)
+def _divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose_way("divided", monkeypatch)
 
 
 def run_the_check() -> None:

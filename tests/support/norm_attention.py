@@ -18,10 +18,34 @@ def _only_backends_with_a_kernel(request: pytest.FixtureRequest) -> None:
             pytest.skip(f"attention has no kernel of {name}: docs/norm_softmax.md, Backends")
 
 
-@pytest.fixture(autouse=True)
-def _no_keys_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that small tests reach the deviations' kernels; see test_norm_attention_few_keys.py."""
-    monkeypatch.setattr("effkern.ops.norm_attention.FEW_KEYS", 0)
+#: How attention is computed: see `effkern.ops.norm_attention._scores_suit`.
+WAYS = ("by scores", "divided")
+
+
+@pytest.fixture(autouse=True, params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way for all dtypes and sizes; what few keys need beside the second is left out, see
+    test_norm_attention_few_keys.py.
+    """
+    chosen: str = request.param
+    kind = _parameters(request).get("kind", "")
+    if chosen == "divided" and kind.startswith(("any", "of two", "a bias", "causal as")):
+        pytest.skip("a mask that tells rows apart goes by scores either way")
+    choose_way(chosen, monkeypatch)
+    return chosen
+
+
+def choose_way(chosen: str, monkeypatch: pytest.MonkeyPatch, few_keys: int = 0) -> None:
+    """For all dtypes and sizes."""
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    most = dict.fromkeys(dtypes, 1 << 30) if chosen == "by scores" else {}
+    monkeypatch.setattr("effkern.ops.norm_attention.MOST_KEYS", most)
+    monkeypatch.setattr("effkern.ops.norm_attention.FEW_KEYS", few_keys)
+
+
+def _parameters(request: pytest.FixtureRequest) -> dict[str, Any]:
+    callspec = getattr(request.node, "callspec", None)
+    return callspec.params if callspec else {}
 
 
 def visible(mask: Tensor | None, causal: bool, rows: int, keys: int, device: Any) -> Tensor:
