@@ -37,7 +37,7 @@ def check(
     **keywords: Any,
 ) -> None:
     """Compare some rows, and all gradients through them, with float64: nothing is allowed for what
-    cancels, a few roundings for sums over rows in another order.
+    cancels, some roundings for sums over the rows of a group of heads in one go.
     """
     grad = torch.randn(*tensors[0].shape[:-1], tensors[2].shape[-1], dtype=torch.float64)
 
@@ -51,7 +51,7 @@ def check(
     exact, eager = run(attention, torch.float64), run(attention, dtype)
     actual = run(function, dtype)
     for name, *three in zip(("y", "grad_q", "grad_k", "grad_v"), actual, eager, exact, strict=True):
-        assert_as_accurate(*three, what=name, atol=16 * torch.finfo(dtype).eps)
+        assert_as_accurate(*three, what=name, atol=32 * torch.finfo(dtype).eps)
 
 
 def orthogonal(n: int, row: int, dtype: torch.dtype, device: str) -> list[Tensor]:
