@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from effkern.backends.reference import attention_by_scores as reference
 from effkern.backends.reference.dtypes import accumulation_dtype
-from effkern.backends.reference.norm_attention import attention
+from effkern.backends.reference.norm_attention import attention, restricted
 from effkern.backends.reference.norm_softmax import mask_in
 from effkern.ops._declare import Family, Implementation, declare
+from effkern.ops.norm_softmax import norm_softmax
+from effkern.ops.norm_softmax_checks import tau_tensor
 
 # ---- the kernel ops ----
 
@@ -76,46 +78,76 @@ KERNELS = Family("_attention_by_scores_forward", "_attention_by_scores_backward"
 # ---- the function ----
 
 
-def attention_by_scores(
+class Numbers(NamedTuple):
+    """Arguments of attention, as `effkern.nn.functional.norm_softmax_attention` has them."""
+
+    causal: bool
+    scale: float
+    tau: float | Tensor
+    eps: float
+    dropout_p: float
+
+
+def by_scores(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    tau: float | Tensor,
-    eps: float,
+    key_mask: Tensor | None,
+    how: Numbers,
 ) -> Tensor:
-    """NormSoftmax attention of checked arguments; no gradient flows to the mask.
+    """NormSoftmax attention of checked arguments, some rows at a time. With dropout, or a mask with
+    a gradient, all scores are held, as in PyTorch.
 
     Args:
         q: shape (B, H, L, E), not empty.
-        k: shape (B, Hk, S, E), where Hk divides H.
+        k: shape (B, Hk, S, E), not empty, where Hk divides H.
         v: shape (B, Hv, S, Ev), where Hv divides H.
         mask: boolean or additive, four dimensions that broadcast to (B, H, L, S), the last of them
             S; or None.
-        causal: whether row i sees the keys up to i alone.
-        scale: of the scores.
-        tau: the temperature.
-        eps: the least divisor.
+        key_mask: boolean, shape (B, S): the keys that may be seen; or None.
+        how: the numbers.
 
     Returns:
         Shape (B, H, L, Ev).
     """
+    wants_mask = mask is not None and mask.requires_grad and torch.is_grad_enabled()
+    if how.dropout_p > 0 or wants_mask:
+        return by_definition(q, k, v, mask, key_mask, how)
+    if key_mask is not None:
+        mask = restricted(mask, key_mask[:, None, None, :])
     acc = accumulation_dtype(q.dtype)
-    if isinstance(tau, Tensor):
-        tau = tau.to(acc)
-    else:
-        tau = torch.full((), tau, dtype=acc, device=q.device)
-    if k.shape[1] != v.shape[1]:
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     if mask is not None and mask.dtype not in (torch.bool, acc):
         mask = mask_in(mask, acc)
-    return AttentionByScores.apply(q, k, v, mask, tau, eps, scale, causal)
+    if k.shape[1] != v.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    tau = tau_tensor(how.tau, q)
+    return AttentionByScores.apply(q, k, v, mask, tau, how.eps, how.scale, how.causal)
+
+
+def by_definition(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    how: Numbers,
+) -> Tensor:
+    """The same with all scores, in operations that autograd follows."""
+    if key_mask is not None:
+        mask = restricted(mask, key_mask[:, None, None, :])
+    k, v = (t.repeat_interleave(q.shape[1] // max(t.shape[1], 1), 1) for t in (k, v))
+    return attention(q, k, v, mask, *how, softmax=_norm_softmax)[0]
+
+
+def _norm_softmax(
+    x: Tensor, mask: Tensor | None, tau: float | Tensor, eps: float, dim: int
+) -> Tensor:
+    return norm_softmax(x, dim, tau=tau, eps=eps, mask=mask)
 
 
 class AttentionByScores(torch.autograd.Function):
-    """`attention_by_scores` for autograd. Nothing is kept for the backward pass but its inputs."""
+    """`by_scores` for autograd. Nothing is kept for the backward pass but its inputs."""
 
     @staticmethod
     def forward(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effkern.backends.reference.dtypes import accumulation_dtype
 from effkern.ops._declare import DTYPES
 from effkern.ops.norm_checks import check_kind
 
@@ -66,6 +67,14 @@ def tau_of(tau: float | Tensor, x: Tensor) -> float | Tensor:
         return float(tau)
     tau = tau.reshape(())
     return tau if tau.device == x.device else tau.to(x.device)
+
+
+def tau_tensor(tau: float | Tensor, x: Tensor) -> Tensor:
+    """What `tau_of` gives, as a tensor of x's accumulation dtype."""
+    acc = accumulation_dtype(x.dtype)
+    if isinstance(tau, Tensor):
+        return tau.to(acc)
+    return torch.full((), tau, dtype=acc, device=x.device)
 
 
 def _check_mask(name: str, mask: Any, x: Tensor) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from effkern.ops.norm_attention import KERNELS
+from effkern.ops.attention_without_scores import KERNELS
 from tests.ops.test_norm_attention import padding
 from tests.support.backends import Backend
 from tests.support.norm_attention import _only_backends_with_a_kernel  # noqa: F401

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effkern.nn.functional import norm_softmax_attention
-from effkern.ops import norm_attention
+from effkern.ops import attention_without_scores, norm_attention
 from tests.support.accuracy import assert_as_accurate
 from tests.support.backends import Backend
 from tests.support.norm_attention import (
@@ -20,7 +20,7 @@ from tests.support.norm_attention import (
     choose_way,
 )
 
-FEW = norm_attention.FEW_KEYS
+FEW = attention_without_scores.FEW_KEYS
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,7 @@ def choose_way(chosen: str, monkeypatch: pytest.MonkeyPatch, few_keys: int = 0) 
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     most = dict.fromkeys(dtypes, 1 << 30) if chosen == "by scores" else {}
     monkeypatch.setattr("effkern.ops.norm_attention.MOST_KEYS", most)
-    monkeypatch.setattr("effkern.ops.norm_attention.FEW_KEYS", few_keys)
+    monkeypatch.setattr("effkern.ops.attention_without_scores.FEW_KEYS", few_keys)
 
 
 def _parameters(request: pytest.FixtureRequest) -> dict[str, Any]:
