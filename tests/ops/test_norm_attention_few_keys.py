@@ -226,6 +226,6 @@ def test_compile_by_inductor_with_lengths_on_both_sides() -> None:
     torch._dynamo.reset()
     f = partial(norm_softmax_attention, is_causal=True)
     compiled = torch.compile(f, fullgraph=True, dynamic=True)
-    for rows in (5, 9, 70, 100):
+    for rows in (5, 70, 100):
         q, k, v = (torch.randn(1, 2, rows, 8) for _ in range(3))
         torch.testing.assert_close(compiled(q, k, v), f(q, k, v), rtol=1e-4, atol=1e-5)

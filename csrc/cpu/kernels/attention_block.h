@@ -62,7 +62,7 @@ void write_row(void* data, DType dtype, int64_t row, int64_t features, const S* 
 // rows. Null: not wanted.
 template <class S>
 struct Packed {
-  S *rows, *columns;
+  S *rows = nullptr, *columns = nullptr;
 
   static int64_t size(int64_t count, int64_t stride) {
     return whole(count, kTileColumns<S>) * stride;
@@ -173,6 +173,57 @@ class CommonOffset {
   const AttentionByScoresTask& task_;
   S* keys_;
   int64_t batch_ = -1, head_ = -1, first_ = 0, second_ = 0;
+};
+
+enum class PassOf { kForward, kBackward };
+
+// The keys and values of one head, packed as the products of a pass read them.
+template <class S, class M>
+class HeadOfKeys {
+ public:
+  HeadOfKeys(const AttentionByScoresTask& task, PassOf pass, int64_t stride, int64_t value_stride,
+             Memory& memory)
+      : task_(task),
+        keys_(task.k, task.dtype, task.k_rows, task.features, stride),
+        values_(task.v, task.dtype, task.v_rows, task.value_features, value_stride),
+        block_(memory.take<S>(kTileColumns<S> * (stride + value_stride))),
+        offset_(task, memory.take<S>(2 * stride)),
+        keys{pass == PassOf::kBackward ? memory.take<S>(Packed<S>::size(task.keys, stride))
+                                       : nullptr,
+             memory.take<S>(Packed<S>::size(task.keys, stride))},
+        values{} {
+    S* const packed = memory.take<S>(Packed<S>::size(task.keys, value_stride));
+    (pass == PassOf::kForward ? values.rows : values.columns) = packed;
+  }
+
+  // Of what it takes of the memory.
+  static int64_t doubles(const AttentionByScoresTask& task, int64_t stride, int64_t value_stride) {
+    constexpr int64_t kArrays = 5, kCacheLine = 8;
+    return whole(task.keys + 1, kTileColumns<S>) * (2 * stride + value_stride) +
+           kTileColumns<S> * (stride + value_stride) + 2 * stride + kArrays * kCacheLine;
+  }
+
+  // Heads of keys are counted through the batch.
+  void read(int64_t head) {
+    if (head == head_) return;
+    head_ = head;
+    const int64_t first = head * task_.keys;
+    const S* const offset = offset_.find(keys_, head / task_.key_heads, head % task_.key_heads);
+    pack(keys_, first, task_.keys, offset, block_, keys);
+    pack(values_, first, task_.keys, static_cast<const S*>(nullptr), block_, values);
+  }
+
+ private:
+  const AttentionByScoresTask& task_;
+  RowReader<S> keys_, values_;
+  S* block_;
+  CommonOffset<S, M> offset_;
+  int64_t head_ = -1;
+
+ public:
+  // Keys less their common offset by columns, and in the backward pass by rows; values by rows, and
+  // in the backward pass by columns.
+  Packed<S> keys, values;
 };
 
 // Calls body with values of the types of scores and of the mask.

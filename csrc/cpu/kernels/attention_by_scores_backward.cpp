@@ -17,14 +17,10 @@ class Backward {
         score_stride_(stride_of_scores<S>(args.keys)),
         tall_keys_(whole(args.keys, kTallRows)),
         most_(rows_of_a_block(args.keys)),
-        memory_(score_stride_ * 2 * (stride_ + value_stride_) +
+        memory_(HeadOfKeys<S, M>::doubles(args, stride_, value_stride_) +
                 tall_keys_ * (stride_ + value_stride_) +
-                most_ * (2 * stride_ + value_stride_ + 3 * score_stride_) +
-                kTileColumns<S> * (stride_ + value_stride_) + 2 * stride_ + 16 * 8),
-        keys_{memory_.take<S>(Packed<S>::size(args.keys, stride_)),
-              memory_.take<S>(Packed<S>::size(args.keys, stride_))},
-        values_{nullptr, memory_.take<S>(Packed<S>::size(args.keys, value_stride_))},
-        offset_(args, memory_.take<S>(2 * stride_)),
+                most_ * (2 * stride_ + value_stride_ + 3 * score_stride_) + 8 * 8),
+        keys_(args, PassOf::kBackward, stride_, value_stride_, memory_),
         of_keys_(memory_.take<S>(tall_keys_ * stride_)),
         of_values_(memory_.take<S>(tall_keys_ * value_stride_)),
         q_(memory_.take<S>(most_ * stride_)),
@@ -32,12 +28,11 @@ class Backward {
         grad_(memory_.take<S>(most_ * value_stride_)),
         scores_(memory_.take<S>(most_ * score_stride_)),
         exponentials_(memory_.take<S>(most_ * score_stride_)),
-        of_scores_(memory_.take<S>(most_ * score_stride_)),
-        block_(memory_.take<S>(kTileColumns<S> * (stride_ + value_stride_))) {}
+        of_scores_(memory_.take<S>(most_ * score_stride_)) {}
 
   // A head of keys with its heads of queries.
   void run(int64_t of_keys) {
-    pack_head(of_keys);
+    keys_.read(of_keys);
     clear(of_keys_, tall_keys_ * stride_);
     clear(of_values_, tall_keys_ * value_stride_);
     const int64_t group = args_.heads / args_.key_heads;
@@ -55,15 +50,6 @@ class Backward {
   }
 
  private:
-  void pack_head(int64_t head) {
-    const RowReader<S> keys(args_.k, args_.dtype, args_.k_rows, args_.features, stride_);
-    const S* const offset = offset_.find(keys, head / args_.key_heads, head % args_.key_heads);
-    pack(keys, head * args_.keys, args_.keys, offset, block_, keys_);
-    const RowReader<S> values(args_.v, args_.dtype, args_.v_rows, args_.value_features,
-                              value_stride_);
-    pack(values, head * args_.keys, args_.keys, static_cast<const S*>(nullptr), block_, values_);
-  }
-
   // `count` rows of a head.
   void block(int64_t head, int64_t first, int64_t count) {
     const int64_t tall = whole(count, kTallRows), row = head * args_.rows + first;
@@ -75,12 +61,12 @@ class Backward {
         .read(row, count, grad_);
     clear(q_ + count * stride_, (tall - count) * stride_);
     clear(grad_ + count * value_stride_, (tall - count) * value_stride_);
-    multiply_panels<Stays::kPanel, Onto::kNothing, S>(tall, columns, args_.features,
-                                                      {q_, stride_, 1}, keys_.by_columns(stride_),
-                                                      scores_, score_stride_, scale);
+    multiply_panels<Stays::kPanel, Onto::kNothing, S>(
+        tall, columns, args_.features, {q_, stride_, 1}, keys_.keys.by_columns(stride_), scores_,
+        score_stride_, scale);
     multiply_panels<Stays::kPanel, Onto::kNothing, S>(
         tall, columns, args_.value_features, {grad_, value_stride_, 1},
-        values_.by_columns(value_stride_), of_scores_, score_stride_, S(1));
+        keys_.values.by_columns(value_stride_), of_scores_, score_stride_, S(1));
     for (int64_t i = 0; i < count; ++i) {
       const int64_t sees = args_.causal ? least(args_.keys, first + i + 1) : args_.keys;
       softmax(head, first + i, sees, i);
@@ -90,7 +76,7 @@ class Backward {
       }
     }
     multiply_panels<Stays::kPanel, Onto::kNothing, S>(
-        tall, stride_, seen, {of_scores_, score_stride_, 1}, keys_.by_rows(args_.keys), of_q_,
+        tall, stride_, seen, {of_scores_, score_stride_, 1}, keys_.keys.by_rows(args_.keys), of_q_,
         stride_, scale);
     for (int64_t i = 0; i < count; ++i) {
       write_row(args_.of_q, args_.dtype, row + i, args_.features, of_q_ + i * stride_);
@@ -136,9 +122,8 @@ class Backward {
   const AttentionByScoresBackward& args_;
   int64_t stride_, value_stride_, score_stride_, tall_keys_, most_;
   Memory memory_;
-  Packed<S> keys_, values_;
-  CommonOffset<S, M> offset_;
-  S *of_keys_, *of_values_, *q_, *of_q_, *grad_, *scores_, *exponentials_, *of_scores_, *block_;
+  HeadOfKeys<S, M> keys_;
+  S *of_keys_, *of_values_, *q_, *of_q_, *grad_, *scores_, *exponentials_, *of_scores_;
 };
 
 }  // namespace

@@ -17,26 +17,19 @@ class Forward {
         value_stride_(whole(args.value_features, kTileColumns<S>)),
         score_stride_(stride_of_scores<S>(args.keys)),
         most_(rows_of_a_block(args.keys)),
-        memory_(score_stride_ * (stride_ + value_stride_) +
-                most_ * (stride_ + score_stride_ + value_stride_) +
-                kTileColumns<S> * (stride_ + value_stride_) + 2 * stride_ + most_ + 8 * 8),
-        keys_{nullptr, memory_.take<S>(Packed<S>::size(args.keys, stride_))},
-        values_{memory_.take<S>(Packed<S>::size(args.keys, value_stride_)), nullptr},
-        offset_(args, memory_.take<S>(2 * stride_)),
+        memory_(HeadOfKeys<S, M>::doubles(args, stride_, value_stride_) +
+                most_ * (stride_ + score_stride_ + value_stride_ + 1) + 4 * 8),
+        keys_(args, PassOf::kForward, stride_, value_stride_, memory_),
         q_(memory_.take<S>(most_ * stride_)),
         scores_(memory_.take<S>(most_ * score_stride_)),
         y_(memory_.take<S>(most_ * value_stride_)),
-        block_(memory_.take<S>(kTileColumns<S> * (stride_ + value_stride_))),
         factors_(memory_.take<S>(most_)) {}
 
   void run(int64_t begin, int64_t end) {
     const int64_t stretches = (args_.rows + kAttentionRows - 1) / kAttentionRows;
-    int64_t packed = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t head = unit / stretches, first = unit % stretches * kAttentionRows;
-      const int64_t of_keys = head / (args_.heads / args_.key_heads);
-      if (of_keys != packed) pack_head(of_keys);
-      packed = of_keys;
+      keys_.read(head / (args_.heads / args_.key_heads));
       const int64_t last = least(first + kAttentionRows, args_.rows);
       for (int64_t row = first; row < last; row += most_) {
         block(head, row, least(most_, last - row));
@@ -45,15 +38,6 @@ class Forward {
   }
 
  private:
-  void pack_head(int64_t head) {
-    const RowReader<S> keys(args_.k, args_.dtype, args_.k_rows, args_.features, stride_);
-    const S* const offset = offset_.find(keys, head / args_.key_heads, head % args_.key_heads);
-    pack(keys, head * args_.keys, args_.keys, offset, block_, keys_);
-    const RowReader<S> values(args_.v, args_.dtype, args_.v_rows, args_.value_features,
-                              value_stride_);
-    pack(values, head * args_.keys, args_.keys, static_cast<const S*>(nullptr), block_, values_);
-  }
-
   // `count` rows of a head.
   void block(int64_t head, int64_t first, int64_t count) {
     const int64_t tall = whole(count, kTallRows);
@@ -63,7 +47,7 @@ class Forward {
         .read(head * args_.rows + first, count, q_);
     clear(q_ + count * stride_, (tall - count) * stride_);
     multiply_panels<Stays::kPanel, Onto::kNothing, S>(
-        tall, columns, args_.features, {q_, stride_, 1}, keys_.by_columns(stride_), scores_,
+        tall, columns, args_.features, {q_, stride_, 1}, keys_.keys.by_columns(stride_), scores_,
         score_stride_, static_cast<S>(args_.scale));
     for (int64_t i = 0; i < count; ++i) {
       const int64_t sees = args_.causal ? least(args_.keys, first + i + 1) : args_.keys;
@@ -71,8 +55,8 @@ class Forward {
       clear(scores_ + i * score_stride_ + sees, seen - sees);
     }
     multiply_panels<Stays::kPanel, Onto::kNothing, S>(
-        tall, value_stride_, seen, {scores_, score_stride_, 1}, values_.by_rows(args_.keys), y_,
-        value_stride_, S(1));
+        tall, value_stride_, seen, {scores_, score_stride_, 1}, keys_.values.by_rows(args_.keys),
+        y_, value_stride_, S(1));
     for (int64_t i = 0; i < count; ++i) {
       S* const y = y_ + i * value_stride_;
       for (int64_t f = 0; f < value_stride_; f += kLanes<S>)
@@ -94,9 +78,8 @@ class Forward {
   const AttentionByScoresForward& args_;
   int64_t stride_, value_stride_, score_stride_, most_;
   Memory memory_;
-  Packed<S> keys_, values_;
-  CommonOffset<S, M> offset_;
-  S *q_, *scores_, *y_, *block_, *factors_;
+  HeadOfKeys<S, M> keys_;
+  S *q_, *scores_, *y_, *factors_;
 };
 
 }  // namespace

@@ -13,8 +13,8 @@ namespace {
 constexpr int64_t whole(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Numbers for one thread's use, handed out from one allocation of room for so many doubles; of large
-// pages where it is large.
+// Numbers for one thread's use, handed out from one allocation of room for so many doubles; of
+// large pages where it is large.
 class Memory {
  public:
   explicit Memory(int64_t doubles) {
@@ -23,7 +23,7 @@ class Memory {
     block_ = static_cast<char*>(::aligned_alloc(static_cast<size_t>(alignment),
                                                 static_cast<size_t>(whole(bytes, alignment))));
     if (!block_) ::abort();
-    next_ = block_;
+    next_ = block_, end_ = block_ + whole(bytes, alignment);
     advise_huge_pages(block_, bytes);
   }
   ~Memory() { ::free(block_); }
@@ -33,12 +33,13 @@ class Memory {
   S* take(int64_t count) {
     S* const mine = reinterpret_cast<S*>(next_);
     next_ += whole(count * static_cast<int64_t>(sizeof(S)), kCacheLine);
+    if (next_ > end_) ::abort();
     return mine;
   }
 
  private:
   static constexpr int64_t kCacheLine = 64;
-  char *block_, *next_;
+  char *block_, *next_, *end_;
 };
 
 template <class S>
