@@ -1,18 +1,22 @@
 """How fast is attention with NormSoftmax beside plain attention, and what memory does it take?
 
 python benchmarks/norm_softmax_attention.py [--rounds 9] [--lengths 512 1024 2048 4096] [--eager]
+    [--dtype float32]
 
-Both alternate in one process; forward, and forward + backward. ``--eager`` adds the definition in
+Both alternate in one process; forward, and forward + backward; without a mask, with padding, causal,
+and with a mask that tells rows apart. ``--eager`` adds the definition in
 plain operations, which holds all scores: its memory is compared at the longest length.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +44,13 @@ def eager(
 def cases(length: int) -> dict[str, dict[str, Any]]:
     """Keywords by name."""
     seen = (torch.arange(length) < 3 * length // 4)[None, None, None]
-    return {"full": {}, "padding": {"attn_mask": seen}, "causal": {"is_causal": True}}
+    rows = torch.rand(1, 1, length, length) > 0.3
+    return {
+        "full": {},
+        "padding": {"attn_mask": seen},
+        "causal": {"is_causal": True},
+        "mask": {"attn_mask": rows},
+    }
 
 
 def forward(attention: Callable[..., Tensor], qkv: list[Tensor], keywords: dict[str, Any]) -> None:
@@ -70,16 +80,21 @@ def alternate(functions: dict[str, Callable[[], None]], rounds: int) -> dict[str
 
 
 def extra_memory(function: Callable[[], None]) -> int:
-    """Bytes that PyTorch's allocator held at most, beyond those before."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        function()
-    held = peak = 0
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+    """Bytes of memory that the process held at most, beyond those before: PyTorch's tensors, and
+    what kernels took for themselves. Linux only.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    function()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"no {name} in /proc/self/status")
 
 
 def main() -> None:
@@ -88,6 +103,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     options = parser.parse_args()
     attentions: dict[str, Callable[..., Tensor]] = {
         "plain": scaled_dot_product_attention,
@@ -97,7 +113,8 @@ def main() -> None:
         attentions["eager"] = eager
     rows: list[dict[str, Any]] = []
     for length in options.lengths:
-        qkv = [torch.randn(1, HEADS, length, FEATURES) for _ in range(3)]
+        dtype = getattr(torch, options.dtype)
+        qkv = [torch.randn(1, HEADS, length, FEATURES).to(dtype) for _ in range(3)]
         for case, keywords in cases(length).items():
             for work in (forward, both):
                 functions = {
@@ -113,9 +130,16 @@ def main() -> None:
                     row["extra_bytes"] = {n: extra_memory(f) for n, f in functions.items()}
                 rows.append(row)
                 print(row, flush=True)
+    suffix = "" if options.dtype == "float32" else f"_{options.dtype}"
     write_json(
-        RESULTS / "norm_softmax_attention.json",
-        {"machine": machine.describe(), "heads": HEADS, "features": FEATURES, "rows": rows},
+        RESULTS / f"norm_softmax_attention{suffix}.json",
+        {
+            "machine": machine.describe(),
+            "dtype": options.dtype,
+            "heads": HEADS,
+            "features": FEATURES,
+            "rows": rows,
+        },
     )
 
 
