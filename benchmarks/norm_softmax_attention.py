@@ -3,9 +3,9 @@
 python benchmarks/norm_softmax_attention.py [--rounds 9] [--lengths 512 1024 2048 4096] [--eager]
     [--dtype float32]
 
-Both alternate in one process; forward, and forward + backward; without a mask, with padding, causal,
-and with a mask that tells rows apart. ``--eager`` adds the definition in
-plain operations, which holds all scores: its memory is compared at the longest length.
+Both alternate in one process; forward, and forward + backward; without a mask, with padding,
+causal, and with a mask that tells rows apart. ``--eager`` adds the definition in plain operations,
+which holds all scores. Memory is compared at the longest length.
 """
 
 from __future__ import annotations
