@@ -347,6 +347,16 @@ def test_empty(backend: Backend, shape: tuple[int, ...], causal: bool) -> None:
         assert g.shape == t.shape and not g.any()
 
 
+def test_values_of_no_features(backend: Backend) -> None:
+    """They pass no gradient on, whatever a kernel's memory held before."""
+    q, k, v = (t.requires_grad_() for t in tensors(device=backend.device))
+    tau = torch.tensor(0.5, device=backend.device, requires_grad=True)
+    for kept in (v, v[..., :0]):
+        y = norm_softmax_attention(q, k, kept, tau=tau)
+        found = torch.autograd.grad(y.sum(), (q, k, tau))
+    assert y.shape == (*q.shape[:-1], 0) and not any(t.any() for t in found)
+
+
 def test_no_features() -> None:
     q, k, v = torch.randn(1, 2, 4, 0), torch.randn(1, 2, 6, 0), torch.randn(1, 2, 6, 3)
     torch.testing.assert_close(
