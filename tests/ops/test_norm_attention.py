@@ -333,6 +333,22 @@ def test_causal_attention_knows_nothing_of_what_comes(backend: Backend, dtype: t
         assert torch.equal(a[:, :, :seen], b[:, :, :seen])
 
 
+@pytest.mark.parametrize("rows", [1, 20])
+def test_keys_after_the_last_row_of_causal_attention(backend: Backend, rows: int) -> None:
+    """They may hold anything: nothing reads them, which for few rows would be most of the work."""
+    q, k, v = tensors(2, 4, rows, 100, key_heads=2, device=backend.device)
+    k[:, :, rows:], v[:, :, rows:] = math.nan, math.nan
+    given = [t.requires_grad_() for t in (q, k, v)]
+    y = norm_softmax_attention(*given, is_causal=True, enable_gqa=True)
+    of_q, *of_kv = torch.autograd.grad(y.sum(), given)
+    alone = norm_softmax_attention(
+        q, k[:, :, :rows], v[:, :, :rows], is_causal=True, enable_gqa=True
+    )
+    assert torch.equal(y, alone) and of_q.isfinite().all()
+    for g in of_kv:
+        assert g.isfinite().all() and not g[:, :, rows:].any()
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 5, 5), (2, 0, 5, 5), (2, 2, 0, 5), (2, 2, 5, 0)])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_empty(backend: Backend, shape: tuple[int, ...], causal: bool) -> None:
