@@ -266,6 +266,24 @@ def test_keys_with_a_large_common_offset(backend: Backend, offset: float, kind: 
     check(q, k, v, **masks(2, 150, 150, backend.device)[kind])
 
 
+@pytest.mark.parametrize("kind", ["all", "one row", "one head of two"])
+def test_two_first_keys_far_from_the_others(backend: Backend, kind: str) -> None:
+    """They are alike, but the others do not share what they do."""
+    q, k, v = tensors(2, 4, 40, 50, key_heads=2, device=backend.device)
+    k[:, :, :2], v[:, :, :2] = 0, 1
+    k[:, :, :2, 0] = 3000
+    mask = torch.ones(4, 40, 50, dtype=torch.bool, device=backend.device)
+    if kind == "one row":
+        mask[:, 1:, :2] = False
+    if kind == "one head of two":
+        mask[1::2, :, :2] = False
+        mask[::2, :, 2:] = False
+    keywords: Any = {"attn_mask": None if kind == "all" else mask, "enable_gqa": True}
+    y = norm_softmax_attention(q, k, v, **keywords)
+    exact = attention(q.double(), k.double(), v.double(), **keywords)
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["none", "causal", "padding"])
 def test_a_first_key_far_from_the_others(backend: Backend, kind: str) -> None:
     """As the keys of attention sinks are."""
