@@ -151,6 +151,10 @@ def _attend(
         scale = 1 / math.sqrt(features) if features else 1.0
     tau = tau_of(tau, q)
     q, k, v, mask, leading = in_four_dimensions(q, k, v, mask, gqa)
+    # Keys that no row sees. (A graph would have to be of more keys than rows, or of fewer.)
+    if causal and not torch.compiler.is_compiling() and 0 < q.shape[-2] < k.shape[-2]:
+        k, v = (t[..., : q.shape[-2], :] for t in (k, v))
+        mask, key_mask = (t if t is None else t[..., : q.shape[-2]] for t in (mask, key_mask))
     how = Numbers(causal, scale, tau, eps, dropout_p)
     if transforms_are_active():
         y = by_definition(q, k, v, mask, key_mask, how)

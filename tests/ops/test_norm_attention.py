@@ -266,6 +266,24 @@ def test_keys_with_a_large_common_offset(backend: Backend, offset: float, kind: 
     check(q, k, v, **masks(2, 150, 150, backend.device)[kind])
 
 
+@pytest.mark.parametrize("kind", ["all", "one row", "one head of two"])
+def test_two_first_keys_far_from_the_others(backend: Backend, kind: str) -> None:
+    """They are alike, but the others do not share what they do."""
+    q, k, v = tensors(2, 4, 40, 50, key_heads=2, device=backend.device)
+    k[:, :, :2], v[:, :, :2] = 0, 1
+    k[:, :, :2, 0] = 3000
+    mask = torch.ones(4, 40, 50, dtype=torch.bool, device=backend.device)
+    if kind == "one row":
+        mask[:, 1:, :2] = False
+    if kind == "one head of two":
+        mask[1::2, :, :2] = False
+        mask[::2, :, 2:] = False
+    keywords: Any = {"attn_mask": None if kind == "all" else mask, "enable_gqa": True}
+    y = norm_softmax_attention(q, k, v, **keywords)
+    exact = attention(q.double(), k.double(), v.double(), **keywords)
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["none", "causal", "padding"])
 def test_a_first_key_far_from_the_others(backend: Backend, kind: str) -> None:
     """As the keys of attention sinks are."""
@@ -333,6 +351,22 @@ def test_causal_attention_knows_nothing_of_what_comes(backend: Backend, dtype: t
         assert torch.equal(a[:, :, :seen], b[:, :, :seen])
 
 
+@pytest.mark.parametrize("rows", [1, 20])
+def test_keys_after_the_last_row_of_causal_attention(backend: Backend, rows: int) -> None:
+    """They may hold anything: nothing reads them, which for few rows would be most of the work."""
+    q, k, v = tensors(2, 4, rows, 100, key_heads=2, device=backend.device)
+    k[:, :, rows:], v[:, :, rows:] = math.nan, math.nan
+    given = [t.requires_grad_() for t in (q, k, v)]
+    y = norm_softmax_attention(*given, is_causal=True, enable_gqa=True)
+    of_q, *of_kv = torch.autograd.grad(y.sum(), given)
+    alone = norm_softmax_attention(
+        q, k[:, :, :rows], v[:, :, :rows], is_causal=True, enable_gqa=True
+    )
+    assert torch.equal(y, alone) and of_q.isfinite().all()
+    for g in of_kv:
+        assert g.isfinite().all() and not g[:, :, rows:].any()
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 5, 5), (2, 0, 5, 5), (2, 2, 0, 5), (2, 2, 5, 0)])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_empty(backend: Backend, shape: tuple[int, ...], causal: bool) -> None:
@@ -345,6 +379,16 @@ def test_empty(backend: Backend, shape: tuple[int, ...], causal: bool) -> None:
     assert y.shape == (batch, heads, rows, 8) and not y.any()
     for t, g in zip((q, k, v), torch.autograd.grad(y.sum(), (q, k, v)), strict=True):
         assert g.shape == t.shape and not g.any()
+
+
+def test_values_of_no_features(backend: Backend) -> None:
+    """They pass no gradient on, whatever a kernel's memory held before."""
+    q, k, v = (t.requires_grad_() for t in tensors(device=backend.device))
+    tau = torch.tensor(0.5, device=backend.device, requires_grad=True)
+    for kept in (v, v[..., :0]):
+        y = norm_softmax_attention(q, k, kept, tau=tau)
+        found = torch.autograd.grad(y.sum(), (q, k, tau))
+    assert y.shape == (*q.shape[:-1], 0) and not any(t.any() for t in found)
 
 
 def test_no_features() -> None:

@@ -136,9 +136,10 @@ int64_t first_seen(const AttentionByScoresTask& task, int64_t batch, int64_t hea
   return first;
 }
 
-// What may be taken off all keys of a head: the first that is seen, if it and the second lie far
+// What may be taken off all keys of a head: the first that is seen, if it and the others lie far
 // from the origin beside their difference; then they share an offset, which would cost scores
-// digits and does not change a row's distribution.
+// digits and does not change a row's distribution. (In causal attention the second speaks for the
+// others: no row may depend on what comes after it.)
 template <class S, class M>
 class CommonOffset {
  public:
@@ -149,20 +150,55 @@ class CommonOffset {
   const S* find(const RowReader<S>& reader, int64_t batch, int64_t key_head) {
     find_places(batch, key_head * (task_.heads / task_.key_heads));
     if (second_ >= task_.keys) return nullptr;
-    const int64_t stride = reader.stride(), row = (batch * task_.key_heads + key_head) * task_.keys;
+    const int64_t row = (batch * task_.key_heads + key_head) * task_.keys;
     reader.read(row + first_, keys_);
-    reader.read(row + second_, keys_ + stride);
-    S of_first = 0, of_second = 0, between = 0;
-    for (int64_t i = 0; i < stride; ++i) {
-      const S a = keys_[i], b = keys_[stride + i];
-      of_first += a * a;
-      of_second += b * b;
-      between += (a - b) * (a - b);
-    }
-    return (of_first < of_second ? of_first : of_second) > 16 * between ? keys_ : nullptr;
+    if (!is_near(reader, row + second_)) return nullptr;
+    return task_.causal || all_are_near(reader, batch, key_head) ? keys_ : nullptr;
   }
 
  private:
+  // Whether a key lies near the first.
+  bool is_near(const RowReader<S>& reader, int64_t row) {
+    const int64_t stride = reader.stride();
+    reader.read(row, keys_ + stride);
+    S of_first = 0, of_other = 0, between = 0;
+    for (int64_t i = 0; i < stride; ++i) {
+      const S a = keys_[i], b = keys_[stride + i];
+      of_first += a * a;
+      of_other += b * b;
+      between += (a - b) * (a - b);
+    }
+    return (of_first < of_other ? of_first : of_other) > 16 * between;
+  }
+
+  // Whether all keys lie near the first that some row sees of the heads that go with them.
+  bool all_are_near(const RowReader<S>& reader, int64_t batch, int64_t key_head) {
+    const int64_t row = (batch * task_.key_heads + key_head) * task_.keys;
+    for (int64_t key = 0; key < task_.keys; key += kLanes<S>) {
+      const int64_t some = least(kLanes<S>, task_.keys - key);
+      const Lanes<S> seen = seen_of(batch, key_head, key, some);
+      for (int64_t lane = 0; lane < some; ++lane) {
+        if (seen[lane] && !is_near(reader, row + key + lane)) return false;
+      }
+    }
+    return true;
+  }
+
+  // Which of `some` keys from `key` on a row sees of the heads that go with them.
+  Lanes<S> seen_of(int64_t batch, int64_t key_head, int64_t key, int64_t some) const {
+    if (!RowMask<S, M>::kHides) return lanes_below<S>(some);
+    const int64_t group = task_.heads / task_.key_heads;
+    const int64_t heads = task_.mask_head_stride == 0 ? 1 : group;
+    const int64_t rows = task_.mask_row_stride == 0 ? least(task_.rows, 1) : task_.rows;
+    Lanes<S> seen = {};
+    for (int64_t head = key_head * group; head < key_head * group + heads; ++head) {
+      for (int64_t row = 0; row < rows; ++row) {
+        seen |= mask_of<S, M>(task_, batch, head, row).at(key, some).visible;
+      }
+    }
+    return seen;
+  }
+
   void find_places(int64_t batch, int64_t head) {
     if (batch == batch_ && (head == head_ || task_.mask_head_stride == 0)) return;
     batch_ = batch, head_ = head;

@@ -126,11 +126,16 @@ EFFKERN_OUTLINE void multiply_tall_tile(int64_t depth, Left<S> a, const S* b, in
 }
 
 // c = scale a b, or c += scale a b. `rows` must be a multiple of kTallRows and `columns` of
-// kTileColumns; of no depth c stays.
+// kTileColumns.
 template <Stays kStays, Onto kOnto, class S>
 void multiply_panels(int64_t rows, int64_t columns, int64_t depth, Left<S> a, Panels<S> b, S* c,
                      int64_t c_stride, S scale) {
   constexpr int64_t kWidth = kTileColumns<S>, kDepth = 256;
+  if (kOnto == Onto::kNothing && depth == 0) {  // values of no features
+    for (int64_t m = 0; m < rows; ++m) {
+      __builtin_memset(c + m * c_stride, 0, static_cast<size_t>(columns) * sizeof(S));
+    }
+  }
   for (int64_t k = 0; k < depth; k += kDepth) {
     const int64_t some = depth - k < kDepth ? depth - k : kDepth;
     const auto tile = [&](int64_t m, int64_t n) EFFKERN_LAMBDA {

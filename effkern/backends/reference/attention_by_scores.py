@@ -63,7 +63,7 @@ def forward(
         Shape (B, H, L, Ev), contiguous, of q's dtype.
     """
     y = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    keys, values = _wide(k, mask), v.to(accumulation_dtype(v.dtype))
+    keys, values = _wide(k, mask, causal), v.to(accumulation_dtype(v.dtype))
     for block in _blocks(q, k):
         x = block.folded(q) @ block.of_keys(keys).transpose(-2, -1) * scale
         p = softmax.norm_softmax(block.apart(x), block.mask(mask, causal, k), tau, eps, 3)
@@ -103,7 +103,7 @@ def backward(
         Of q, k and v, in their dtype, contiguous; and each row's share of tau's, shape (B, H, L),
         in the accumulation dtype, or an empty tensor.
     """
-    keys, values = _wide(k, mask), v.to(accumulation_dtype(v.dtype))
+    keys, values = _wide(k, mask, causal), v.to(accumulation_dtype(v.dtype))
     of_q, of_k, of_v = q.new_empty(q.shape), torch.zeros_like(keys), torch.zeros_like(values)
     of_tau = keys.new_empty(q.shape[:-1] if wants_tau else 0)
     for block in _blocks(q, k):
@@ -127,13 +127,13 @@ def backward(
     return of_q, of_k.to(k.dtype).contiguous(), of_v.to(v.dtype).contiguous(), of_tau
 
 
-def _wide(k: Tensor, mask: Tensor | None) -> Tensor:
+def _wide(k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """Keys in the accumulation dtype, less what they share far from the origin: it would cost
     scores digits. Zeros where no row sees them.
     """
     seen = seen_by_any(mask, k)
     keys = k.to(accumulation_dtype(k.dtype))
-    keys = keys - offset(keys, seen, True)
+    keys = keys - offset(keys, seen, causal)
     return keys if seen is None else keys.masked_fill(~seen[..., None], 0)
 
 
