@@ -138,23 +138,29 @@ int64_t first_seen(const AttentionByScoresTask& task, int64_t batch, int64_t hea
 
 // What may be taken off all keys of a head: the first that is seen, if it and the others lie far
 // from the origin beside their difference; then they share an offset, which would cost scores
-// digits and does not change a row's distribution. (In causal attention the second speaks for the
-// others: no row may depend on what comes after it.)
+// digits and does not change a row's distribution. In causal attention that is asked for each row
+// of the keys up to it alone.
 template <class S, class M>
 class CommonOffset {
  public:
   // `keys` has room for two.
   CommonOffset(const AttentionByScoresTask& task, S* keys) : task_(task), keys_(keys) {}
 
-  // Null: nothing.
+  // Null: nothing; else for rows before `until()`.
   const S* find(const RowReader<S>& reader, int64_t batch, int64_t key_head) {
     find_places(batch, key_head * (task_.heads / task_.key_heads));
+    until_ = 0;
     if (second_ >= task_.keys) return nullptr;
     const int64_t row = (batch * task_.key_heads + key_head) * task_.keys;
     reader.read(row + first_, keys_);
     if (!is_near(reader, row + second_)) return nullptr;
-    return task_.causal || all_are_near(reader, batch, key_head) ? keys_ : nullptr;
+    const int64_t far = first_far(reader, batch, key_head);
+    until_ = far == task_.keys ? kAllRows : task_.causal ? far : 0;
+    return until_ > 0 ? keys_ : nullptr;
   }
+  int64_t until() const { return until_; }
+
+  static constexpr int64_t kAllRows = int64_t{1} << 62;
 
  private:
   // Whether a key lies near the first.
@@ -171,17 +177,18 @@ class CommonOffset {
     return (of_first < of_other ? of_first : of_other) > 16 * between;
   }
 
-  // Whether all keys lie near the first that some row sees of the heads that go with them.
-  bool all_are_near(const RowReader<S>& reader, int64_t batch, int64_t key_head) {
+  // The first key that does not lie near the first of all, among those that some row sees of the
+  // heads that go with them; their number where there is none.
+  int64_t first_far(const RowReader<S>& reader, int64_t batch, int64_t key_head) {
     const int64_t row = (batch * task_.key_heads + key_head) * task_.keys;
     for (int64_t key = 0; key < task_.keys; key += kLanes<S>) {
       const int64_t some = least(kLanes<S>, task_.keys - key);
       const Lanes<S> seen = seen_of(batch, key_head, key, some);
       for (int64_t lane = 0; lane < some; ++lane) {
-        if (seen[lane] && !is_near(reader, row + key + lane)) return false;
+        if (seen[lane] && !is_near(reader, row + key + lane)) return key + lane;
       }
     }
-    return true;
+    return task_.keys;
   }
 
   // Which of `some` keys from `key` on a row sees of the heads that go with them.
@@ -208,7 +215,7 @@ class CommonOffset {
 
   const AttentionByScoresTask& task_;
   S* keys_;
-  int64_t batch_ = -1, head_ = -1, first_ = 0, second_ = 0;
+  int64_t batch_ = -1, head_ = -1, first_ = 0, second_ = 0, until_ = 0;
 };
 
 enum class PassOf { kForward, kBackward };
@@ -239,14 +246,24 @@ class HeadOfKeys {
            kTileColumns<S> * (stride + value_stride) + 2 * stride + kArrays * kCacheLine;
   }
 
-  // Heads of keys are counted through the batch.
-  void read(int64_t head) {
-    if (head == head_) return;
+  // One of them as it is; rows are counted through heads and batch.
+  void read_key(int64_t row, S* to) const { keys_.read(row, to); }
+  void read_value(int64_t row, S* to) const { values_.read(row, to); }
+
+  // Brings a head's keys and values for rows from `row` on: up to what is returned. Heads of keys
+  // are counted through the batch.
+  int64_t read(int64_t head, int64_t row) {
+    const bool is_new = head != head_;
     head_ = head;
+    if (is_new) found_ = offset_.find(keys_, head / task_.key_heads, head % task_.key_heads);
+    const S* const offset = row < offset_.until() ? found_ : nullptr;
     const int64_t first = head * task_.keys;
-    const S* const offset = offset_.find(keys_, head / task_.key_heads, head % task_.key_heads);
-    pack(keys_, first, task_.keys, offset, block_, keys);
-    pack(values_, first, task_.keys, static_cast<const S*>(nullptr), block_, values);
+    if (is_new || offset != taken_) pack(keys_, first, task_.keys, offset, block_, keys);
+    if (is_new) {
+      pack(values_, first, task_.keys, static_cast<const S*>(nullptr), block_, values);
+    }
+    taken_ = offset;
+    return offset ? offset_.until() : CommonOffset<S, M>::kAllRows;
   }
 
  private:
@@ -254,6 +271,7 @@ class HeadOfKeys {
   RowReader<S> keys_, values_;
   S* block_;
   CommonOffset<S, M> offset_;
+  const S *found_ = nullptr, *taken_ = nullptr;
   int64_t head_ = -1;
 
  public:

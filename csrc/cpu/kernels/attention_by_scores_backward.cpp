@@ -32,13 +32,13 @@ class Backward {
 
   // A head of keys with its heads of queries.
   void run(int64_t of_keys) {
-    keys_.read(of_keys);
     clear(of_keys_, tall_keys_ * stride_);
     clear(of_values_, tall_keys_ * value_stride_);
     const int64_t group = args_.heads / args_.key_heads;
     for (int64_t head = of_keys * group; head < (of_keys + 1) * group; ++head) {
-      for (int64_t row = 0; row < args_.rows; row += most_) {
-        block(head, row, least(most_, args_.rows - row));
+      for (int64_t row = 0, next; row < args_.rows; row = next) {
+        next = least(keys_.read(of_keys, row), least(row + most_, args_.rows));
+        block(head, row, next - row);
       }
     }
     for (int64_t key = 0; key < args_.keys; ++key) {

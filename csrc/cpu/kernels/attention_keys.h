@@ -12,17 +12,6 @@ namespace {
 // Keys (and rows) that are taken together.
 constexpr int64_t kChunkKeys = 64;
 
-// The sum of products, in an order that depends on the length alone.
-template <class S>
-EFFKERN_INLINE S dot(const S* a, const S* b, int64_t stride) {
-  Vec<S> sums[2] = {};
-  for (int64_t i = 0; i < stride; i += 2 * kLanes<S>) {
-    sums[0] += load(a + i) * load(b + i);
-    sums[1] += load(a + i + kLanes<S>) * load(b + i + kLanes<S>);
-  }
-  return sum_lanes(sums[0] + sums[1]);
-}
-
 // A vector's numbers as doubles.
 template <class S>
 constexpr int64_t kParts = kLanes<S> / kLanes<double>;

@@ -1,5 +1,5 @@
-// Memory for a kernel's own use, and rows of any type brought there. cpu/kernels/isa.h must come
-// first.
+// Memory for a kernel's own use, and rows of any type brought there and multiplied.
+// cpu/kernels/isa.h must come first.
 #pragma once
 
 #include <cstdlib>
@@ -62,6 +62,17 @@ EFFKERN_INLINE void store_row(T* to, const Acc<T>* from, int64_t features) {
   for (int64_t i = 0; i < features; i += kLanes<T>) {
     store_some(to + i, load(from + i), least(features - i, kLanes<T>));
   }
+}
+
+// The sum of products, in an order that depends on the length alone.
+template <class S>
+EFFKERN_INLINE S dot(const S* a, const S* b, int64_t stride) {
+  Vec<S> sums[2] = {};
+  for (int64_t i = 0; i < stride; i += 2 * kLanes<S>) {
+    sums[0] += load(a + i) * load(b + i);
+    sums[1] += load(a + i + kLanes<S>) * load(b + i + kLanes<S>);
+  }
+  return sum_lanes(sums[0] + sums[1]);
 }
 
 }  // namespace
