@@ -39,9 +39,10 @@ def norm_softmax_attention(
 
     It is computed in one of two ways: by the scores of some rows at a time, or with each query
     divided by its sigma, ``scale sqrt(q_i^T Cov(k) q_i)``, in `scaled_dot_product_attention` with
-    the kernels that has. The first is taken on the CPU for at most 4,096 keys (of 16 bits where
-    the processor has no products of them), and everywhere for masks that tell rows apart, for
-    L < E / 2 and for at most 8 keys. Memory beyond the inputs is linear in L and S.
+    the kernels that has. The first is taken on the CPU for at most 2,048 keys, in causal attention
+    4,096 (of 16 bits where the processor has no products of them), and everywhere for masks that
+    tell rows apart, for L < E / 2 and for at most 8 keys. Memory beyond the inputs is linear in L
+    and S.
 
     Args:
         q: queries, shape (*, L, E); float32, float64, bfloat16 or float16.
@@ -158,16 +159,16 @@ def _attend(
     how = Numbers(causal, scale, tau, eps, dropout_p)
     if transforms_are_active():
         y = by_definition(q, k, v, mask, key_mask, how)
-    elif q.numel() and k.numel() and _scores_suit(q, k, mask):
+    elif q.numel() and k.numel() and _scores_suit(q, k, mask, causal):
         y = by_scores(q, k, v, mask, key_mask, how)
     else:
         y = without_scores(q, k, v, mask, key_mask, gqa, how)
     return y if y.shape[:-2] == leading else y.reshape(*leading, *y.shape[-2:])
 
 
-#: Keys up to which one kernel on the CPU does the whole of attention, by dtype: of more, what a
-#: block of rows reads of them is too far from the processor. Numbers of 16 bits are widened there,
-#: and left to PyTorch where the processor has products of them.
+#: Keys up to which one kernel on the CPU does the whole of causal attention, by dtype, and half as
+#: many of other: of more, what a block of rows reads of them is too far from the processor. Numbers
+#: of 16 bits are widened there, and left to PyTorch where the processor has products of them.
 MOST_KEYS = {
     dtype: 4096
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -175,7 +176,7 @@ MOST_KEYS = {
 }
 
 
-def _scores_suit(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+def _scores_suit(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
     """Whether attention goes by its scores, some rows at a time, and not by divided queries.
 
     It must where a mask tells rows apart, or few keys are seen by all; it is less work where there
@@ -185,4 +186,5 @@ def _scores_suit(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
         return True
     if k.shape[-2] <= attention_without_scores.FEW_KEYS or 2 * q.shape[-2] < q.shape[-1]:
         return True
-    return q.is_cpu and k.shape[-2] <= MOST_KEYS.get(q.dtype, 0)
+    most_keys = MOST_KEYS.get(q.dtype, 0)
+    return q.is_cpu and k.shape[-2] <= (most_keys if causal else most_keys // 2)
