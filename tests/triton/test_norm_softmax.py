@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+import effkern
 from effkern.backends.triton import norm_softmax, norm_softmax_cross_entropy
+from effkern.nn.functional import norm_softmax_attention
+from tests.support.norm_attention import attention
 from tests.triton.interpreter import Counts, counting
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -47,3 +50,17 @@ def test_logits_are_read_three_times_and_their_gradient_written_once() -> None:
         norm_softmax_cross_entropy.rows(logits, target, *call, torch.ones(()), True, True)
     numbers = 3 * (8 + 4)  # a target and a scale for each row
     assert counts == Counts(1, 3 * logits.nbytes + numbers, logits.nbytes + 3 * 8)
+
+
+def test_attention_by_its_scores_normalises_them_in_triton() -> None:
+    mask = torch.rand(1, 1, 5, 9) > 0.3
+    found = []
+    for f in (norm_softmax_attention, attention):
+        torch.manual_seed(0)
+        mine = [torch.randn(1, 2, n, 8, requires_grad=True) for n in (5, 9, 9)]
+        tau = torch.tensor(0.7, requires_grad=True)
+        with effkern.use_backend("triton"), counting() as counts:
+            y = f(*mine, attn_mask=mask, tau=tau)
+            found.append([y, *torch.autograd.grad(y.square().sum(), (*mine, tau))])
+        assert (counts == Counts(0, 0, 0)) == (f is attention)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
