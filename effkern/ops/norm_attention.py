@@ -13,7 +13,7 @@ from effkern.ops._machine import multiplies
 from effkern.ops._modes import autocast_is_on, transforms_are_active
 from effkern.ops.attention_by_scores import Numbers, by_definition, by_scores
 from effkern.ops.attention_without_scores import without_scores
-from effkern.ops.norm_attention_checks import check, in_four_dimensions
+from effkern.ops.norm_attention_checks import check, in_four_dimensions, tells_rows_apart
 from effkern.ops.norm_softmax_checks import tau_of
 
 
@@ -182,7 +182,7 @@ def _scores_suit(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> boo
     It must where a mask tells rows apart, or few keys are seen by all; it is less work where there
     are few rows; and on the CPU there is a kernel that is as fast as PyTorch's attention.
     """
-    if mask is not None and mask.shape[-2] > 1 and mask.stride(-2) != 0:
+    if mask is not None and tells_rows_apart(mask):
         return True
     if k.shape[-2] <= attention_without_scores.FEW_KEYS or 2 * q.shape[-2] < q.shape[-1]:
         return True

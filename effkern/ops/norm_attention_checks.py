@@ -173,8 +173,7 @@ class Seen(NamedTuple):
 
     Attributes:
         keys: boolean, shape (B or 1, H or 1, S): keys that are hidden from all rows alike; None
-            where there are none, or where ``mask`` says more.
-        mask: that of the call, where it is none of keys alone.
+            where there are none, or where the mask tells rows apart.
         for_softmax: the mask for `scaled_dot_product_attention`.
         causal: whether row i sees the keys up to i alone.
         some: boolean, broadcasting to (B, H, L, 1): rows that see a key; None where all do, or
@@ -182,10 +181,14 @@ class Seen(NamedTuple):
     """
 
     keys: Tensor | None
-    mask: Tensor | None
     for_softmax: Tensor | None
     causal: bool
     some: Tensor | None
+
+
+def tells_rows_apart(mask: Tensor) -> bool:
+    """Whether a mask has a row for each row of scores, and is not one that was expanded."""
+    return mask.shape[-2] > 1 and mask.stride(-2) != 0
 
 
 def read_mask(mask: Tensor | None, keys: Tensor | None, causal: bool, q: Tensor, k: Tensor) -> Seen:
@@ -202,7 +205,7 @@ def read_mask(mask: Tensor | None, keys: Tensor | None, causal: bool, q: Tensor,
     for_softmax = None if keys is None else keys[:, None, None, :]
     general = None
     if mask is not None:
-        if mask.shape[-2] > 1 and mask.stride(-2) == 0:
+        if not tells_rows_apart(mask):
             mask = mask[..., :1, :]  # expanded, as transformers' masks of padding are
         seen = is_seen(mask.detach())
         if mask.shape[-2] == 1:
@@ -224,7 +227,7 @@ def read_mask(mask: Tensor | None, keys: Tensor | None, causal: bool, q: Tensor,
             for_softmax = for_softmax | ~some
         else:
             for_softmax = torch.where(some, for_softmax, 0)
-    return Seen(of_keys, general, for_softmax, causal, some)
+    return Seen(of_keys, for_softmax, causal, some)
 
 
 def _is_zeroed_by_torch(for_softmax: Tensor, general: Tensor | None) -> bool:
